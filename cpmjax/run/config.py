@@ -1,0 +1,374 @@
+"""Every section and key of an experiment: frozen dataclasses with their defaults.
+
+A YAML file is this tree of sections; `--section.key=value` replaces one key (`cpmjax.run.cli`). Lengths count
+steps unless said otherwise; a row is one packed sequence of `data.sequence_length` tokens; a batch is counted in rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import draccus
+
+from cpmjax.run.errors import UserError
+from cpmjax.run.schedule import WSD, Schedule
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    directory: str = "runs/run"  # the run directory itself
+    seed: int = 0  # initialisation, shuffling and sampling all derive from it
+    cache: str = "~/.cache/cpmjax"  # tokenised corpora and compiled programs, shared by all runs
+    accept_changes: tuple[str, ...] = ()  # keys that a resumed run may find changed; a section accepts all its keys
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if not self.directory:
+            yield "directory", "a folder"
+        if not 0 <= self.seed < 2**32:
+            yield "seed", "a whole number from 0 to below 2^32"
+
+
+@dataclass(frozen=True)
+class BranchConfig:
+    run: str | None = None  # the parent's run directory; None starts from scratch
+    step: int | None = None  # the parent's checkpoint to start from
+    rewarmup: int | None = None  # steps of linear re-warmup; None: 0 with the parent's moments, 100 without them
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.run is None and self.step is not None:
+            yield "run", f"the run directory whose step {self.step} to start from"
+        if self.rewarmup is not None and self.rewarmup < 0:
+            yield "rewarmup", "0 or more"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a MiniCPM is (config.json of the release). Defaults of the three muP scalars are the released ones."""
+
+    preset: str | None = None  # a name from cpmjax.model.presets; the keys below then override it one by one
+    vocabulary: int = 4096
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int | None = None  # None: as many as heads
+    head_width: int | None = None  # None: width / heads
+    feed_forward: int = 320
+    context: int = 4096  # max_position_embeddings: where dynamic NTK begins to stretch
+    tied: bool = True  # the head is the embedding
+    norm_epsilon: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: Literal["none", "linear", "dynamic"] = "none"
+    rope_factor: float = 1.0
+    scale_emb: float = 12.0  # embeddings are multiplied by it
+    scale_depth: float = 1.4  # every residual branch is multiplied by scale_depth / sqrt(layers)
+    dim_model_base: int = 256  # muP base width: m = width / dim_model_base
+    init_std: float = 0.1  # initial scale at the base width
+    parametrisation: Literal["minicpm", "minicpm_table7", "standard"] = "minicpm"
+
+    @property
+    def kv(self) -> int:
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def head(self) -> int:
+        return self.width // self.heads if self.head_width is None else self.head_width
+
+    @property
+    def width_multiplier(self) -> float:
+        """m of muP: how many times wider than the base model."""
+        return self.width / self.dim_model_base
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        for key in ("vocabulary", "width", "layers", "heads", "feed_forward", "context", "dim_model_base"):
+            if getattr(self, key) < 1:
+                yield key, "a positive whole number"
+        for key in ("norm_epsilon", "rope_theta", "scale_emb", "scale_depth", "init_std"):
+            if not getattr(self, key) > 0:
+                yield key, "a positive number"
+        if self.heads > 0 and (self.kv < 1 or self.heads % self.kv):
+            yield "kv_heads", f"a divisor of model.heads = {self.heads}"
+        if self.head_width is None and self.heads > 0 and self.width % self.heads:
+            yield "width", f"a multiple of model.heads = {self.heads}, or model.head_width given"
+        if self.heads > 0 and (self.head < 2 or self.head % 2):
+            yield "head_width", "an even number (rotary embeddings turn pairs)"
+        if self.rope_factor < 1:
+            yield "rope_factor", "1 or more"
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How the model is computed; none of it changes what the model is."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters, softmax and loss stay in float32
+    remat: Literal["none", "block", "dots"] = "none"  # recompute in the backward pass: nothing, blocks, all but matmuls
+    unroll: int = 1  # layers per iteration of the scan over layers
+    loss_chunk: int = 1024  # tokens whose logits exist at one time
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        for key in ("unroll", "loss_chunk"):
+            if getattr(self, key) < 1:
+                yield key, "a positive whole number"
+
+
+@dataclass(frozen=True)
+class CorpusConfig(draccus.ChoiceRegistry):
+    """Where documents come from. `type` in the YAML chooses the kind."""
+
+    @classmethod
+    def default_choice_name(cls) -> str | None:
+        return None
+
+
+@CorpusConfig.register_subclass("standard_library")
+@dataclass(frozen=True)
+class StandardLibrary(CorpusConfig):
+    """Source files of the Python that runs this, tests and the file of `language_reference` left out."""
+
+
+@CorpusConfig.register_subclass("language_reference")
+@dataclass(frozen=True)
+class LanguageReference(CorpusConfig):
+    """Prose of the Python language reference: each topic of `pydoc_data/topics.py` is a document."""
+
+
+@CorpusConfig.register_subclass("text")
+@dataclass(frozen=True)
+class TextFolder(CorpusConfig):
+    """A UTF-8 text file, or a folder of them (searched recursively); each file is a document."""
+
+    path: str = ""
+    glob: str = "*.txt"  # which files of a folder
+
+
+@CorpusConfig.register_subclass("jsonl")
+@dataclass(frozen=True)
+class Jsonl(CorpusConfig):
+    """A .jsonl or .jsonl.gz file, or a folder of them; each line is a document."""
+
+    path: str = ""
+    field: str = "text"  # the key that holds the text
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    path: str | None = None  # a sentencepiece .model; None trains one with model.vocabulary pieces on stable corpora
+    sample_bytes: int = 4_000_000  # how much text the training of a tokenizer reads
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.sample_bytes < 1:
+            yield "sample_bytes", "a positive whole number"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    corpora: dict[str, CorpusConfig] = field(default_factory=dict)
+    stable: dict[str, float] = field(default_factory=dict)  # corpus -> weight in rows, every stage but decay
+    decay: dict[str, float] = field(default_factory=dict)  # the same in the decay stage; empty: as stable
+    sequence_length: int = 256
+    held_out: float = 0.02  # share of documents never trained on, chosen by a hash of their names
+    bad_documents: Literal["refuse", "skip"] = "refuse"  # skip: leave them out, and count them
+    tokenizer: TokenizerConfig = TokenizerConfig()
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if not self.corpora:
+            yield "corpora", "at least one corpus"
+        if not self.stable:
+            yield "stable", "the weight of at least one corpus"
+        for stage in ("stable", "decay"):
+            for name, weight in getattr(self, stage).items():
+                if name not in self.corpora:
+                    yield f"{stage}.{name}", f"one of data.corpora: {', '.join(self.corpora)}"
+                elif not weight > 0:
+                    yield f"{stage}.{name}", "a positive weight"
+        for name, corpus in self.corpora.items():
+            if getattr(corpus, "path", None) == "":
+                yield f"corpora.{name}.path", "a file or folder"
+        if self.sequence_length < 2:
+            yield "sequence_length", "2 or more"
+        if not 0 <= self.held_out < 1:
+            yield "held_out", "a share from 0 to below 1"
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW; MiniCPM's values ([D] of the reference: betas 0.9 and 0.95, decay 0.1, clip 1.0; paper A.1: rate 0.01)."""
+
+    learning_rate: float = 0.01  # the peak, at the base width; each tensor class gets its muP multiple of it
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    weight_decay_mode: Literal["coupled", "independent", "scaled"] = "coupled"  # see cpmjax.model.mup
+    clip: float = 1.0  # global norm of the gradient
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        for key in ("beta1", "beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                yield key, "a number from 0 to below 1"
+        for key in ("learning_rate", "epsilon", "clip"):
+            if not getattr(self, key) > 0:
+                yield key, "a positive number"
+        if self.weight_decay < 0:
+            yield "weight_decay", "0 or more"
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    batch_size: int = 16  # rows a step, over all devices
+    accumulation: int = 1  # micro-batches a step; the gradient is that of the whole batch
+    z_loss: float = 0.0  # weight of logsumexp(logits)^2 in the trained loss; the reported loss is without it
+    skip_nonfinite: int = 0  # how many steps with a NaN or infinite loss may be skipped before the run stops
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.batch_size < 1:
+            yield "batch_size", "a positive whole number"
+        elif self.accumulation < 1 or self.batch_size % self.accumulation:
+            yield "accumulation", f"a divisor of training.batch_size = {self.batch_size}"
+        if self.z_loss < 0:
+            yield "z_loss", "0 or more"
+        if self.skip_nonfinite < 0:
+            yield "skip_nonfinite", "0 or more"
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; one axis may be -1: whatever is left."""
+
+    data: int = -1  # rows of the batch; parameters copied
+    fsdp: int = 1  # rows of the batch; parameters split
+    tensor: int = 1  # heads and feed-forward split
+    sequence: int = 1  # positions split
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        for key, size in dataclasses.asdict(self).items():
+            if size < 1 and size != -1:
+                yield key, "a positive whole number, or -1 for whatever is left"
+        if list(dataclasses.asdict(self).values()).count(-1) > 1:
+            yield "data", "at most one axis of the mesh at -1"
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, and what to keep. The last step is always saved."""
+
+    every: int = 100
+    every_in_decay: int | None = None  # None: as `every`
+    steps: tuple[int, ...] = ()  # chosen steps to save as well; always kept
+    keep_last: int | None = None  # None keeps every checkpoint
+    keep_every: int | None = None  # beside the last ones: steps divisible by it
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        for key in ("every", "every_in_decay", "keep_last", "keep_every"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                yield key, "a positive whole number"
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    every: int = 100
+    rows: int = 64  # held-out rows of each corpus
+    prompts: tuple[str, ...] = ()  # text to continue; the samples go to samples.jsonl
+    sample_tokens: int = 64
+    temperature: float = 0.0  # 0 is greedy
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        for key in ("every", "rows", "sample_tokens"):
+            if getattr(self, key) < 1:
+                yield key, "a positive whole number"
+        if self.temperature < 0:
+            yield "temperature", "0 (greedy) or more"
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every: int = 1
+    tensorboard: bool = True
+    wandb: str | None = None  # a wandb project; needs `pip install wandb`
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.every < 1:
+            yield "every", "a positive whole number"
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole experiment."""
+
+    run: RunConfig = RunConfig()
+    branch: BranchConfig = BranchConfig()
+    model: ModelConfig = ModelConfig()
+    compute: ComputeConfig = ComputeConfig()
+    data: DataConfig = DataConfig()
+    schedule: Schedule = field(default_factory=WSD)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    log: LogConfig = LogConfig()
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.training.batch_size * self.data.sequence_length
+
+
+def validate(config: Config) -> None:
+    """Raises UserError for the first impossible value: its key, the value, and what is allowed."""
+    for section in dataclasses.fields(config):
+        _validate_section(section.name, getattr(config, section.name))
+
+
+def _validate_section(path: str, section: Any) -> None:
+    for item in dataclasses.fields(section):
+        value = getattr(section, item.name)
+        if dataclasses.is_dataclass(value):
+            _validate_section(f"{path}.{item.name}", value)
+    for key, allowed in section.problems() if hasattr(section, "problems") else ():
+        value = section
+        for part in key.split("."):
+            value = value[part] if isinstance(value, dict) else getattr(value, part)
+        raise UserError(f"{path}.{key} = {value!r}: expected {allowed}")
+
+
+def encode(config: Any) -> dict[str, Any]:
+    """The configuration as plain nested dicts and lists, as YAML and JSON hold it."""
+    return json.loads(json.dumps(draccus.encode(config)))
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}. Lists and empty dicts are values."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+# Keys that say where a run lives or what a resume may change; they are no part of what the run is.
+_NOT_PART_OF_A_RUN = ("run.directory", "run.cache", "run.accept_changes")
+
+
+def comparable(tree: dict[str, Any]) -> dict[str, Any]:
+    """The flat keys of an encoded configuration that make two runs the same run."""
+    return {key: value for key, value in flatten(tree).items() if not key.startswith(_NOT_PART_OF_A_RUN)}
+
+
+def fingerprint(config: Config) -> str:
+    """12 hexadecimal digits; equal for equal experiments, wherever they run."""
+    text = json.dumps(comparable(encode(config)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """{key: (old value, new value)} between two encoded configurations; None where a side lacks the key."""
+    before, after = comparable(old), comparable(new)
+    keys = sorted(before.keys() | after.keys())
+    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
