@@ -1,0 +1,189 @@
+"""MiniCPM: embed, trunk of blocks, head. Llama with three muP scalars (paper section 3; OpenBMB modeling_minicpm.py):
+
+    x      = embedding[tokens] * scale_emb
+    x      = x + attention(norm(x)) * scale_depth / sqrt(layers)      for each layer, then the same with feed-forward
+    logits = (norm(x) * dim_model_base / width) @ head
+
+B batch, L length, D width, H heads, G key-value heads, K head width, F feed-forward, V vocabulary, N layers.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from cpmjax.model import mup, rotary
+from cpmjax.model.attention import Places, attend
+from cpmjax.model.cache import Cache, LayerCache
+from cpmjax.model.linear import linear
+from cpmjax.model.parameters import Tree
+from cpmjax.parallel.sharding import constrain
+from cpmjax.run.config import ComputeConfig, ModelConfig
+
+ACTIVATION = ("rows", "length", None)
+
+# Intermediate values a caller may ask for by name. Those of a layer come stacked, [N, ...]; a branch is tapped before
+# it is scaled and added to the residual stream; query and key after rotation.
+LAYER_TAPS = ("query", "key", "value", "attention", "feed_forward", "residual")
+TAPS = ("embedding", *LAYER_TAPS, "final", "logits")
+
+
+def rms_norm(gain_D: jax.Array, x_BLD: jax.Array, epsilon: float) -> jax.Array:
+    """Variance in float32; normalised, cast back, and only then multiplied by the gain."""
+    x32 = x_BLD.astype(jnp.float32)
+    normalised = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
+    return normalised.astype(x_BLD.dtype) * gain_D.astype(x_BLD.dtype)
+
+
+class Surroundings(NamedTuple):
+    """What a block needs to know beside x: the same for every layer."""
+
+    rotary: tuple[jax.Array, jax.Array]
+    queries: Places
+    keys: Places
+
+
+def block(
+    config: ModelConfig, leaves: Tree, x_BLD: jax.Array, around: Surroundings, cache: LayerCache | None = None
+) -> tuple[jax.Array, LayerCache | None, Tree]:
+    """One layer -> (x, its cache with the new tokens, its tappable values)."""
+    batch, length, _ = x_BLD.shape
+    scale = mup.residual_scale(config)
+
+    h_BLD = rms_norm(leaves["attention_norm"], x_BLD, config.norm_epsilon)
+    query_BLHK = linear(leaves["query"], h_BLD).reshape(batch, length, config.heads, config.head)
+    key_BLGK = linear(leaves["key"], h_BLD).reshape(batch, length, config.kv, config.head)
+    value_BLGK = linear(leaves["value"], h_BLD).reshape(batch, length, config.kv, config.head)
+    query_BLHK, key_BLGK = rotary.rotate(query_BLHK, around.rotary), rotary.rotate(key_BLGK, around.rotary)
+    if cache is None:
+        keys, values = key_BLGK, value_BLGK
+    else:
+        cache = cache.write(key_BLGK, value_BLGK, around.queries.slots)
+        keys, values = cache.key.astype(x_BLD.dtype), cache.value.astype(x_BLD.dtype)
+    mixed_BLHK = attend(query_BLHK, keys, values, around.queries, around.keys)
+    attention_BLD = linear(leaves["output"], mixed_BLHK.reshape(batch, length, -1))
+    x_BLD = constrain(x_BLD + attention_BLD * scale, ACTIVATION)
+
+    h_BLD = rms_norm(leaves["feed_forward_norm"], x_BLD, config.norm_epsilon)
+    gated_BLF = jax.nn.silu(linear(leaves["gate"], h_BLD)) * linear(leaves["up"], h_BLD)
+    feed_forward_BLD = linear(leaves["down"], gated_BLF)
+    x_BLD = constrain(x_BLD + feed_forward_BLD * scale, ACTIVATION)
+
+    values_by_name = (query_BLHK, key_BLGK, value_BLGK, attention_BLD, feed_forward_BLD, x_BLD)
+    return x_BLD, cache, dict(zip(LAYER_TAPS, values_by_name, strict=True))
+
+
+_REMAT: dict[str, Any] = {
+    "none": lambda f: f,
+    "block": partial(jax.checkpoint, prevent_cse=False),
+    "dots": partial(
+        jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+}  # fmt: skip
+
+
+class MiniCPM(nnx.Module):
+    """A model: a configuration and a plain nested dict of parameters. A pytree, so it passes through jax.jit.
+
+    `model(tokens)` is the whole of it; `embed`, `trunk` and `head` are its parts.
+    """
+
+    def __init__(self, config: ModelConfig, parameters: Tree, compute: ComputeConfig = ComputeConfig()):
+        self.config = config
+        self.compute = compute
+        self.parameters = nnx.data(parameters)
+
+    def __call__(
+        self,
+        tokens_BL: jax.Array,
+        positions_BL: jax.Array | None = None,
+        segments_BL: jax.Array | None = None,
+        taps: tuple[str, ...] = (),
+    ) -> Any:
+        """int32 tokens [B, L] -> float32 logits [B, L, V]; with `taps` (names from `TAPS`) -> (logits, {name: value}).
+
+        Positions default to 0..L-1; segments (documents packed into a row, 0 for padding) to one document a row.
+        Compiles once for each shape of tokens and set of taps.
+        """
+        unknown = set(taps) - set(TAPS)
+        if unknown:
+            raise ValueError(f"unknown taps {sorted(unknown)}: choose from {', '.join(TAPS)}")
+        logits, tapped = _forward(self, jnp.asarray(tokens_BL), positions_BL, segments_BL, tuple(taps))
+        return (logits, tapped) if taps else logits
+
+    def embed(self, tokens_BL: jax.Array) -> jax.Array:
+        """tokens -> [B, L, D] in the compute type, scaled by scale_emb."""
+        x_BLD = self.parameters["embedding"].astype(self.compute.dtype)[tokens_BL]
+        return constrain(x_BLD * self.config.scale_emb, ACTIVATION)
+
+    def trunk(
+        self,
+        x_BLD: jax.Array,
+        positions_BL: jax.Array,
+        segments_BL: jax.Array,
+        cache: Cache | None = None,
+        slots_BL: jax.Array | None = None,
+        taps: tuple[str, ...] = (),
+    ) -> tuple[jax.Array, Cache | None, Tree]:
+        """All layers and the final norm -> ([B, L, D], cache, tapped values stacked over layers).
+
+        With a cache the new tokens are written to its slots `slots_BL` and attend to what the cache holds; without
+        one they attend among themselves. Dynamic rotary scaling follows each row's longest position.
+        """
+        config = self.config
+        if cache is None:
+            slots_BL = jnp.broadcast_to(jnp.arange(x_BLD.shape[1], dtype=jnp.int32), x_BLD.shape[:2])
+            queries = keys = Places(segments_BL, slots_BL)
+        else:
+            assert slots_BL is not None, "a cache needs the slots of the new tokens"
+            rows = jnp.arange(x_BLD.shape[0])[:, None]
+            cache = cache._replace(segments=cache.segments.at[rows, slots_BL].set(segments_BL))
+            all_slots = jnp.arange(cache.segments.shape[1], dtype=jnp.int32)
+            queries = Places(segments_BL, slots_BL)
+            keys = Places(cache.segments, jnp.broadcast_to(all_slots, cache.segments.shape))
+        around = Surroundings(rotary.tables(config, positions_BL), queries, keys)
+
+        def layer(x_BLD: jax.Array, scanned: tuple[Tree, LayerCache | None]) -> tuple[jax.Array, Any]:
+            leaves, layer_cache = scanned
+            x_BLD, layer_cache, values = block(config, leaves, x_BLD, around, layer_cache)
+            return x_BLD, (layer_cache, {name: value for name, value in values.items() if name in taps})
+
+        layer_caches = None if cache is None else cache.layers
+        x_BLD, (layer_caches, tapped) = jax.lax.scan(
+            _REMAT[self.compute.remat](layer),
+            x_BLD,
+            (self.parameters["layers"], layer_caches),
+            unroll=min(self.compute.unroll, config.layers),
+        )
+        x_BLD = rms_norm(self.parameters["final_norm"], x_BLD, config.norm_epsilon)
+        if cache is not None:
+            cache = cache._replace(layers=layer_caches)
+        return x_BLD, cache, tapped
+
+    def head(self, h_BLD: jax.Array) -> jax.Array:
+        """Hidden states of any leading shape -> float32 logits [..., V]."""
+        weight_DV = self.parameters["embedding"].T if self.config.tied else self.parameters["head"]
+        return linear(weight_DV, h_BLD * mup.logit_scale(self.config)).astype(jnp.float32)
+
+
+@partial(jax.jit, static_argnames="taps")
+def _forward(
+    model: MiniCPM,
+    tokens_BL: jax.Array,
+    positions_BL: jax.Array | None,
+    segments_BL: jax.Array | None,
+    taps: tuple[str, ...],
+) -> tuple[jax.Array, Tree]:
+    if positions_BL is None:
+        positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1], dtype=jnp.int32), tokens_BL.shape)
+    if segments_BL is None:
+        segments_BL = jnp.ones_like(tokens_BL)
+    x_BLD = model.embed(tokens_BL)
+    final_BLD, _, tapped = model.trunk(x_BLD, positions_BL, segments_BL, taps=taps)
+    logits_BLV = model.head(final_BLD)
+    outer = {"embedding": x_BLD, "final": final_BLD, "logits": logits_BLV}
+    return logits_BLV, tapped | {name: value for name, value in outer.items() if name in taps}
