@@ -1,0 +1,126 @@
+"""From the data section of an experiment to tokenizer, tokenised corpora and the order in which rows are read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from cpmjax.data import tokenizer as tokenizers
+from cpmjax.data.batches import Batches, Rows
+from cpmjax.data.corpora import content_key, documents, held_out
+from cpmjax.data.mixture import Mixture, Segment
+from cpmjax.data.tokenizer import Tokenizer
+from cpmjax.data.tokens import Store, build_or_open
+from cpmjax.run.config import Config, DataConfig
+from cpmjax.run.directory import write_atomically
+from cpmjax.run.errors import UserError
+from cpmjax.run.schedule import Schedule
+
+
+class Text:
+    """The text of a run: `batches` to train on, in the order of `mixture`, and `held_out` rows of each corpus."""
+
+    def __init__(self, config: Config, stores: dict[str, Store], mixture: Mixture) -> None:
+        length, seed = config.data.sequence_length, config.run.seed
+        self.stores, self.mixture = stores, mixture
+        self.rows = {name: Rows(store.train, length, seed) for name, store in stores.items()}
+        self.batches = Batches(mixture, self.rows)
+        self.held_out: dict[str, Rows] = {}
+        if config.data.held_out:
+            self.held_out = {name: Rows(store.held_out, length, None) for name, store in stores.items()}
+
+    def describe(self, position: int) -> str:
+        """A line for each corpus: its size, and how often it will have been read at this position."""
+        read = self.mixture.counts(position)
+        lines = []
+        for name, store in self.stores.items():
+            train, held_out = store.summary["train"], store.summary["held_out"]
+            skipped = sum(store.summary["skipped"].values())
+            lines.append(
+                f"corpus {name}: {train['documents']:,} documents, {train['tokens']:,} tokens, "
+                f"{train['bytes'] / max(1, train['tokens']):.2f} bytes a token; {held_out['documents']:,} documents "
+                f"held out; read {read.get(name, 0) / self.rows[name].rows:.2f} times by the end"
+                + (f"; {skipped} bad documents skipped" if skipped else "")
+            )
+        return "\n".join(lines)
+
+
+def make_tokenizer(config: Config, progress: Callable[[str], None]) -> Tokenizer:
+    """The tokenizer of `data.tokenizer.path`, or one trained on the stable corpora without their held-out documents.
+
+    A trained one is kept in the cache, keyed by the text and the settings. Raises UserError if its pieces and
+    `model.vocabulary` do not agree.
+    """
+    data = config.data
+    if data.tokenizer.path is not None:
+        tokenizer = Tokenizer.load(Path(data.tokenizer.path).expanduser())
+    else:
+        contents = [content_key(data.corpora[name], data.bad_documents) for name in sorted(data.stable)]
+        parts = (contents, config.model.vocabulary, data.tokenizer.sample_bytes, data.held_out)
+        key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        file = Path(config.run.cache).expanduser() / "tokenizers" / f"{key}.model"
+        if not file.is_file():
+            progress(f"tokenizer: training {config.model.vocabulary:,} pieces")
+            model = tokenizers.train(_training_text(data), config.model.vocabulary, data.tokenizer.sample_bytes)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, model)
+        tokenizer = Tokenizer.load(file)
+    if tokenizer.vocabulary != config.model.vocabulary:
+        raise UserError(
+            f"model.vocabulary = {config.model.vocabulary}: expected {tokenizer.vocabulary}, the pieces of "
+            f"{data.tokenizer.path}"
+        )
+    return tokenizer
+
+
+def _training_text(data: DataConfig) -> Iterator[str]:
+    for name in sorted(data.stable):
+        for document in documents(data.corpora[name], data.bad_documents, Counter()):
+            if not held_out(document.name, data.held_out):
+                yield document.text
+
+
+def open_stores(config: Config, tokenizer: Tokenizer, progress: Callable[[str], None]) -> dict[str, Store]:
+    """The tokenised corpora that the two stages name, built where they are not in the cache yet."""
+    data = config.data
+    return {
+        name: build_or_open(
+            name,
+            data.corpora[name],
+            tokenizer,
+            held_out=data.held_out,
+            on_bad=data.bad_documents,
+            cache=Path(config.run.cache),
+            progress=progress,
+        )
+        for name in sorted(data.stable.keys() | data.decay.keys())
+    }
+
+
+def segments(
+    schedule: Schedule, data: DataConfig, batch_size: int, first_step: int = 0, first_position: int = 0
+) -> list[Segment]:
+    """The mixture of every row: the decay's in the decay stages of the schedule (in steps), the stable one elsewhere.
+
+    Neighbouring stages of equal mixture are one segment, so that a branch reads what its trunk read up to the branch
+    point. A run that begins with another number of rows behind it than its steps say (`first_position` after
+    `first_step`: a parent of another batch size, or none known) counts those rows as stable ones.
+    """
+    pieces: list[tuple[int, dict[str, float]]] = []
+    if first_position != first_step * batch_size:
+        pieces.append((first_position, data.stable))
+    else:
+        first_step = 0
+    for stage in schedule.stages():
+        steps = stage.last - max(stage.first - 1, first_step)
+        weights = data.decay or data.stable
+        pieces.append((max(0, steps) * batch_size, weights if stage.name == "decay" else data.stable))
+    merged: list[tuple[int, dict[str, float]]] = []
+    for rows, weights in pieces:
+        if merged and merged[-1][1] == weights:
+            merged[-1] = (merged[-1][0] + rows, weights)
+        elif rows:
+            merged.append((rows, weights))
+    return [Segment(rows, weights) for rows, weights in merged[:-1]] + [Segment(None, merged[-1][1])]
