@@ -1,0 +1,160 @@
+"""Checkpoints of a run: orbax, asynchronous, complete or absent.
+
+`checkpoints/STEP/` holds one item each for `parameters`, `optimizer` (plain nested dicts of arrays) and `position`
+(JSON), and metadata: step, tokens, stage, learning rate. Orbax writes a step into a folder of another name and renames
+it when everything is on disk, so a kill leaves a step whole or not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax import serialization
+from orbax.checkpoint import checkpoint_managers as policies
+
+from cpmjax.model.parameters import Tree
+from cpmjax.run.config import CheckpointConfig
+from cpmjax.run.errors import UserError
+
+
+class Checkpoints:
+    """The checkpoints of one run directory; `rules` is given by the job that writes them."""
+
+    def __init__(self, directory: Path, rules: CheckpointConfig | None = None):
+        self.directory = Path(directory).absolute()
+        self.writes = rules is not None
+        if not self.writes and not self.directory.is_dir():
+            raise UserError(f"{self.directory.parent} has no checkpoints: expected a folder {self.directory}")
+        with _quiet():
+            options = ocp.CheckpointManagerOptions(
+                create=self.writes,
+                read_only=not self.writes,
+                cleanup_tmp_directories=self.writes,
+                preservation_policy=_preservation(rules) if rules is not None else None,
+            )
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def newest(self) -> str:
+        """The newest complete checkpoint in words: its folder, or "none"."""
+        steps = self.steps()
+        return str(self.directory / str(steps[-1])) if steps else "none"
+
+    def save(
+        self, step: int, parameters: Tree, optimizer: Any, position: dict[str, int], metadata: dict[str, Any]
+    ) -> None:
+        """Begins to write a checkpoint and returns once the arrays are copied; a failed earlier save raises here."""
+        with _quiet(), self._readable_errors():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    parameters=ocp.args.StandardSave(parameters),
+                    optimizer=ocp.args.StandardSave(serialization.to_state_dict(optimizer)),
+                    position=ocp.args.JsonSave(position),
+                ),
+                custom_metadata=metadata,
+                force=True,
+            )
+
+    def parameters(self, step: int, abstract: Tree | None = None) -> Tree:
+        """Parameters placed as the abstract tree says (any mesh), or on the default device."""
+        if abstract is None:
+            device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            stored = self._item_metadata(step, "parameters")
+            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), stored)
+        return self._restore(step, "parameters", ocp.args.StandardRestore(abstract))
+
+    def optimizer(self, step: int, abstract: Any) -> Any | None:
+        """The optimizer's state with the structure and placement of `abstract`; None if none was saved."""
+        if not self.has_optimizer(step):
+            return None
+        abstract_dict = serialization.to_state_dict(abstract)
+        restored = self._restore(step, "optimizer", ocp.args.StandardRestore(abstract_dict))
+        return serialization.from_state_dict(abstract, restored)
+
+    def has_optimizer(self, step: int) -> bool:
+        return (self._folder(step) / "optimizer").is_dir()
+
+    def position(self, step: int) -> dict[str, int] | None:
+        """{"sequences": rows consumed, "skipped": steps skipped}; None for a checkpoint that brought none along."""
+        if not (self._folder(step) / "position").is_dir():
+            return None
+        return self._restore(step, "position", ocp.args.JsonRestore())
+
+    def metadata(self, step: int) -> dict[str, Any]:
+        """step, tokens, stage, learning_rate."""
+        self._folder(step)
+        return dict(self._manager.metadata(step).custom_metadata or {})
+
+    def wait(self) -> None:
+        """Returns when everything begun is on disk."""
+        with _quiet(), self._readable_errors():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        with _quiet(), self._readable_errors():
+            self._manager.close()
+
+    def _folder(self, step: int) -> Path:
+        if step not in self._manager.all_steps():
+            have = ", ".join(map(str, self.steps())) or "none"
+            raise UserError(f"{self.directory.parent} has no checkpoint of step {step}: expected one of {have}")
+        return self.directory / str(step)
+
+    def _item_metadata(self, step: int, item: str) -> Tree:
+        self._folder(step)
+        with _quiet(), ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.metadata(self.directory / str(step) / item).item_metadata.tree
+
+    def _restore(self, step: int, item: str, arguments: Any) -> Any:
+        folder = self._folder(step) / item
+        try:
+            with _quiet():
+                return self._manager.restore(step, args=ocp.args.Composite(**{item: arguments}))[item]
+        except (ValueError, FileNotFoundError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{folder} cannot be restored: {reason}") from error
+
+    @contextlib.contextmanager
+    def _readable_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            # tensorstore reports a full disk as text; earlier checkpoints are untouched.
+            if "No space left on device" in str(error):
+                raise UserError(
+                    f"no space left on the disk that holds {self.directory}: a checkpoint was not written; "
+                    f"complete ones: {', '.join(map(str, self.steps())) or 'none'}"
+                ) from error
+            raise
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps orbax's warnings about its own defaults (a read-only manager, say) from the user; errors still raise."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _preservation(rules: CheckpointConfig) -> Any:
+    policy = policies.preservation_policy
+    if rules.keep_last is None:
+        return policy.PreserveAll()
+    kept: list[Any] = [policy.LatestN(rules.keep_last), policy.CustomSteps(list(rules.steps))]
+    if rules.keep_every is not None:
+        kept.append(policy.EveryNSteps(rules.keep_every))
+    return policy.AnyPreservationPolicy(kept)

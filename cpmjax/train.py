@@ -1,0 +1,247 @@
+"""Pre-train a MiniCPM: from text to a decayed model.
+
+usage: python -m cpmjax.train EXPERIMENT.yaml [--section.key=value ...]
+
+A run directory that exists already is continued from its newest checkpoint. With --branch.run=RUN --branch.step=N
+(or a YAML that says so) the run starts from step N of another one, with its settings, moments and place in the data,
+and its decay begins there. SIGTERM or Ctrl-C saves a checkpoint and exits with code 75: the same command goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import NamedSharding
+
+from cpmjax.checkpoint.store import Checkpoints
+from cpmjax.data.loader import Loader
+from cpmjax.data.mixture import Mixture
+from cpmjax.data.text import Text, make_tokenizer, open_stores, segments
+from cpmjax.data.tokenizer import Tokenizer
+from cpmjax.model import mup
+from cpmjax.model.parameters import count
+from cpmjax.model.presets import PRESETS
+from cpmjax.parallel import compiled
+from cpmjax.parallel.mesh import make_mesh
+from cpmjax.parallel.sharding import partition
+from cpmjax.run import cli
+from cpmjax.run.config import Config
+from cpmjax.run.directory import Lines, RunDirectory
+from cpmjax.run.interrupt import SAVED_AND_STOPPED, StopRequest
+from cpmjax.run.plots import draw
+from cpmjax.training.evaluation import HeldOut, Samples
+from cpmjax.training.log import Log
+from cpmjax.training.metrics import Throughput
+from cpmjax.training.optimizer import make_optimizer
+from cpmjax.training.origin import Origin, new_origin
+from cpmjax.training.recorder import Recorder
+from cpmjax.training.state import TrainState, abstract_state, create_state
+from cpmjax.training.step import make_step, next_token_loss
+from cpmjax.training.timeline import Timeline
+
+_SECONDS_BETWEEN_PLOTS = 20.0
+
+
+def main(argv: list[str]) -> int:
+    config = cli.load(argv, PRESETS, __doc__ or "")
+    directory = RunDirectory(config.run.directory)
+    with directory.lock():
+        return train(config, directory)
+
+
+def train(config: Config, directory: RunDirectory) -> int:
+    """Runs the experiment in its directory to its end, or until it is asked to stop; returns the exit code."""
+    began = time.perf_counter()
+    cache = Path(config.run.cache).expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
+
+    # ---- a run to continue, or a new one -------------------------------------------------------------------------
+    resumes = directory.exists
+    if resumes:
+        for key, (old, new) in directory.check_resume(config).items():
+            _say(f"changed: {key}: {old} -> {new}")
+    origin = Origin.read(directory.provenance()) if resumes else new_origin(config)
+    timeline = Timeline(config, origin)
+
+    # ---- text ----------------------------------------------------------------------------------------------------
+    tokenizer = _tokenizer(config, directory, origin)
+    stores = open_stores(config, tokenizer, _say)
+    order = segments(timeline.schedule, config.data, config.training.batch_size, origin.step, origin.position)
+    text = Text(config, stores, Mixture(order, config.run.seed))
+    if not resumes:
+        tokenizer.save(directory.path)
+        directory.create(config, origin.provenance)
+
+    # ---- model, optimizer, step ----------------------------------------------------------------------------------
+    mesh = make_mesh(config.mesh)
+    by_row = NamedSharding(mesh, partition(("rows", "length")))
+    optimizer = make_optimizer(config.model, config.optimizer)
+    loss = next_token_loss(config.model, config.compute, config.training.z_loss)
+    step_function = make_step(config.model, loss, optimizer, config.training.accumulation)
+    _say(mup.describe(config.model, config.optimizer))
+    _say(f"{count(config.model):,} parameters, {count(config.model, embeddings=False):,} of them not embeddings")
+    _say(text.describe(timeline.position(timeline.total)))
+    with jax.set_mesh(mesh), contextlib.closing(Checkpoints(directory.checkpoints, config.checkpoint)) as checkpoints:
+        abstract = abstract_state(config.model, optimizer, mesh)
+        shardings = jax.tree.map(lambda x: x.sharding, abstract)
+        jitted = jax.jit(step_function, donate_argnums=0, out_shardings=(shardings, None))
+        compile_began = time.perf_counter()
+        run_step = jitted.lower(abstract, _abstract_batch(config, by_row), timeline.rates(1)).compile()
+        _say(f"compiled in {time.perf_counter() - compile_began:.1f} s for {mesh.size} x {mesh.devices.flat[0]}")
+        _say(compiled.describe(compiled.memory(run_step), compiled.device_memory(mesh.devices.flat[0])))
+
+        # ---- where it stands -------------------------------------------------------------------------------------
+        start, state = _starting_state(config, origin, checkpoints, optimizer, abstract)
+        if start == timeline.total:
+            _say(f"{directory.path} is complete: step {start} of {timeline.total}")
+            _last_screen(directory)
+            return 0
+        evaluate, write = HeldOut(config, text.held_out, tokenizer, by_row), Samples(config, tokenizer)
+        throughput = Throughput(config)
+        _say(throughput.formula)
+        _say(
+            f"{directory.path}: {origin}; step {start} of {timeline.total}, {time.perf_counter() - began:.1f} s so far"
+        )
+
+        def save(step: int) -> None:
+            """Lines first: a checkpoint that is there has all of them."""
+            recorder.flush()
+            log.sync()
+            checkpoints.save(
+                step,
+                state.trainable,
+                state.optimizer,
+                position={"sequences": timeline.position(step), "skipped": int(state.skipped)},
+                metadata={
+                    "step": step,
+                    "tokens": timeline.tokens(step),
+                    "stage": timeline.stage(step),
+                    "learning_rate": timeline.learning_rate(step),
+                },
+            )
+
+        # ---- the loop --------------------------------------------------------------------------------------------
+        drawn = time.monotonic()
+        with (
+            contextlib.closing(Log(directory, config, start, timeline.total)) as log,
+            StopRequest() as stop,
+            Loader(text.batches, timeline.position(start), config.training.batch_size, by_row) as loader,
+        ):
+            recorder = Recorder(log, timeline, throughput, start, checkpoints.newest)
+            for step in range(start + 1, timeline.total + 1):
+                state, metrics = run_step(state, next(loader), timeline.rates(step))
+                recorder.add(step, metrics)
+                if timeline.evaluates(step):
+                    jax.block_until_ready(metrics)
+                    with throughput.paused():
+                        recorder.flush(evaluate(state.trainable))
+                        log.write_samples(write(state.trainable, step))
+                        if time.monotonic() - drawn > _SECONDS_BETWEEN_PLOTS:
+                            _draw(directory, timeline)
+                            drawn = time.monotonic()
+                if timeline.saves(step) or stop.received:
+                    with throughput.paused():
+                        save(step)
+                if stop.received:
+                    break
+            recorder.flush()
+            checkpoints.wait()
+            _say(f"{throughput.summary(step - start)}; {loader.waited:.1f} s of it waiting for data")
+        _draw(directory, timeline)
+    if step < timeline.total:
+        _say(f"{stop.received}: saved step {step} of {timeline.total}; the same command goes on from there")
+        return SAVED_AND_STOPPED
+    _last_screen(directory)
+    return 0
+
+
+def _tokenizer(config: Config, directory: RunDirectory, origin: Origin) -> Tokenizer:
+    """The run's own, its parent's, or the one the configuration asks for."""
+    if directory.exists:
+        return Tokenizer.load(directory.tokenizer_file)
+    if origin.parent is not None:
+        return Tokenizer.load(origin.parent.tokenizer_file)
+    return make_tokenizer(config, _say)
+
+
+def _starting_state(
+    config: Config,
+    origin: Origin,
+    checkpoints: Checkpoints,
+    optimizer: optax.GradientTransformation,
+    abstract: TrainState,
+) -> tuple[int, TrainState]:
+    """(step, state) of the newest checkpoint, else of the parent's, else new."""
+    if checkpoints.steps():
+        source, step = checkpoints, checkpoints.steps()[-1]
+    elif origin.parent is not None:
+        source, step = Checkpoints(origin.parent.checkpoints), origin.step
+    else:
+        return 0, create_state(config.model, optimizer, abstract, config.run.seed)
+    parameters = source.parameters(step, abstract.trainable)
+    moments = source.optimizer(step, abstract.optimizer)
+    if moments is None:
+        shardings = jax.tree.map(lambda x: x.sharding, abstract.optimizer)
+        moments = jax.jit(optimizer.init, out_shardings=shardings)(parameters)
+    position = source.position(step) or {}
+    skipped = np.int32(position.get("skipped", 0))
+    return step, TrainState(parameters, moments, jax.device_put(skipped, abstract.skipped.sharding))
+
+
+def _abstract_batch(config: Config, sharding: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
+    shape = (config.training.batch_size, config.data.sequence_length)
+    types = dict.fromkeys(("tokens", "targets", "positions", "segments"), np.int32) | {"weights": np.float32}
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in types.items()}
+
+
+def _draw(directory: RunDirectory, timeline: Timeline) -> None:
+    parent = timeline.origin.parent
+    before = Lines.read(parent.metrics_file) if parent is not None and parent.metrics_file.is_file() else []
+    before = [record for record in before if record["step"] <= timeline.origin.step]
+    draw(Lines.read(directory.metrics_file), timeline.schedule.stages(), directory.path, before)
+
+
+def _last_screen(directory: RunDirectory) -> None:
+    """Where everything is, how it ended, and what to try next."""
+    records = [record for record in Lines.read(directory.metrics_file) if "heldout_loss" in record]
+    stable = [record for record in records if record["stage"] == "stable"]
+    lines = [""]
+    if records:
+        end = records[-1]
+        lines.append(
+            f"held-out loss {end['heldout_loss']:.4f} nats per token, {end['heldout_bits_per_byte']:.4f} bits per byte"
+        )
+        if stable and end["stage"] == "decay":
+            lines[-1] += f"; {stable[-1]['heldout_loss']:.4f} before the decay (step {stable[-1]['step']})"
+    for sample in Lines.read(directory.samples_file)[-1:]:
+        lines += ["", f"it continues {sample['prompt']!r} with", sample["prompt"] + sample["text"], ""]
+    for what, path in {
+        "loss curve": directory.plots / "loss.png",
+        "metrics": directory.metrics_file,
+        "samples": directory.samples_file,
+        "checkpoints": directory.checkpoints,
+    }.items():
+        lines.append(f"{what:<12} {path}")
+    step = f"--branch.step={stable[-1]['step']}" if stable else "--branch.step=STEP"
+    lines += [
+        f"{'curves':<12} tensorboard --logdir {directory.path}",
+        "",
+        "try next: a decay from another stable checkpoint, with a parent's moments and data position,",
+        f"  python -m cpmjax.train --branch.run={directory.path} {step} --schedule.decay=100 "
+        f"--run.directory={directory.path}-decay",
+    ]
+    _say("\n".join(lines))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    cli.main(main)

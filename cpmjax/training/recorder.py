@@ -1,0 +1,59 @@
+"""From what a step measured on the device to a line of the log, one step late, so that the device never waits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from cpmjax.run.errors import UserError
+from cpmjax.training.log import Log
+from cpmjax.training.metrics import Throughput
+from cpmjax.training.timeline import Timeline
+
+
+class Recorder:
+    """Holds the newest step's metrics until the next step is under way, or until `flush`."""
+
+    def __init__(self, log: Log, timeline: Timeline, throughput: Throughput, start: int, last_good: Callable[[], str]):
+        self._log, self._timeline, self._throughput = log, timeline, throughput
+        self._last_good = last_good
+        self._logged = start
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+
+    def add(self, step: int, on_device: dict[str, jax.Array]) -> None:
+        """Writes down the step before this one. Raises UserError if its loss was not finite once too often."""
+        self.flush()
+        self._pending = step, on_device
+
+    def flush(self, evaluation: dict[str, float] | None = None) -> None:
+        """Writes down the newest step, together with what an evaluation after it found."""
+        if self._pending is None:
+            return
+        (step, on_device), self._pending = self._pending, None
+        metrics = {name: float(value) for name, value in jax.device_get(on_device).items()}
+        self._check(step, metrics)
+        if evaluation is None and step % self._timeline.config.log.every:
+            return
+        record: dict[str, Any] = {
+            "step": step,
+            "tokens": self._timeline.tokens(step),
+            "stage": self._timeline.stage(step),
+            "learning_rate": self._timeline.learning_rate(step),
+        }
+        clock = self._throughput.measure(step - self._logged)
+        self._logged = step
+        self._log.write(record | metrics | (evaluation or {}) | clock)
+
+    def _check(self, step: int, metrics: dict[str, float]) -> None:
+        allowed = self._timeline.config.training.skip_nonfinite
+        if np.isfinite([metrics["loss"], metrics["grad_norm"]]).all() or metrics["skipped"] <= allowed:
+            return
+        first, last = self._timeline.position(step - 1), self._timeline.position(step) - 1
+        raise UserError(
+            f"{self._timeline.config.run.directory}: loss {metrics['loss']:g} and gradient norm "
+            f"{metrics['grad_norm']:g} at step {step}, rows {first} to {last}; expected finite numbers, with at most "
+            f"training.skip_nonfinite = {allowed} exceptions; last good checkpoint: {self._last_good()}"
+        )

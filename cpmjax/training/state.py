@@ -1,0 +1,64 @@
+"""What a training step changes: declared abstractly first, then made by one sharded, jitted initialisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from cpmjax.model.initialise import initialise
+from cpmjax.model.parameters import Tree, path_name, specs
+from cpmjax.parallel.sharding import named_sharding
+from cpmjax.run.config import ModelConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class TrainState:
+    trainable: Tree
+    optimizer: optax.OptState
+    skipped: jax.Array  # int32: steps left out because their loss was not finite
+
+
+def parameter_shardings(config: ModelConfig, mesh: Mesh) -> Tree:
+    def leaf(path, spec):
+        return named_sharding(mesh, spec.axes, spec.shape, f"parameter {path_name(path)}")
+
+    return jax.tree_util.tree_map_with_path(leaf, specs(config))
+
+
+def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state as `jax.ShapeDtypeStruct`s with their shardings; moments live where their parameters do."""
+    shapes = jax.eval_shape(lambda: _initial_state(config, optimizer, jax.random.key(0)))
+    trainable = parameter_shardings(config, mesh)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    shardings: Any = TrainState(
+        trainable=trainable,
+        optimizer=optax.tree_utils.tree_map_params(
+            optimizer,
+            lambda _, sharding: sharding,
+            shapes.optimizer,
+            trainable,
+            transform_non_params=lambda _: replicated,
+        ),
+        skipped=replicated,  # type: ignore[arg-type]  # the same tree, of shardings
+    )
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def create_state(
+    config: ModelConfig, optimizer: optax.GradientTransformation, abstract: TrainState, seed: int
+) -> TrainState:
+    """Parameters drawn from the seed and fresh moments; each device makes its own part."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    make: Any = jax.jit(lambda key: _initial_state(config, optimizer, key), out_shardings=shardings)
+    return make(jax.random.key(seed))
+
+
+def _initial_state(config: ModelConfig, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    trainable = initialise(config, key)
+    return TrainState(trainable, optimizer.init(trainable), jnp.zeros((), jnp.int32))

@@ -1,0 +1,122 @@
+"""The training step and the evaluation step: pure functions, jitted by their caller.
+
+A batch is a dict of [B, L] arrays: tokens, targets, positions, segments (int32) and weights (float32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from cpmjax.model.loss import TokenLosses, token_losses
+from cpmjax.model.parameters import Tree
+from cpmjax.model.transformer import MiniCPM
+from cpmjax.run.config import ComputeConfig, ModelConfig
+from cpmjax.training.metrics import norms_by_role
+from cpmjax.training.state import TrainState
+
+Batch = dict[str, jax.Array]
+# (trainable parameters, batch) -> (what is minimised, {metric: value}), all summed over tokens by their weights.
+LossFunction = Callable[[Tree, Batch], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+class Rates(NamedTuple):
+    """What a step is told about the optimizer: float32 scalars (see `cpmjax.model.mup.per_step`)."""
+
+    learning_rate: ArrayLike
+    weight_decay: ArrayLike
+
+
+def _losses(config: ModelConfig, compute: ComputeConfig, parameters: Tree, batch: Batch) -> TokenLosses:
+    model = MiniCPM(config, parameters, compute)
+    hidden_BLD, _, _ = model.trunk(model.embed(batch["tokens"]), batch["positions"], batch["segments"])
+    return token_losses(model, hidden_BLD, batch["targets"])
+
+
+def next_token_loss(config: ModelConfig, compute: ComputeConfig, z_loss: float) -> LossFunction:
+    """Cross entropy, plus z_loss * logsumexp(logits)^2 in what is minimised (PaLM, section 5)."""
+
+    def loss(parameters: Tree, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        losses, weights = _losses(config, compute, parameters, batch), batch["weights"]
+        minimised = losses.loss + z_loss * losses.logsumexp**2 if z_loss else losses.loss
+        sums = {"loss": losses.loss, "logit_rms": losses.logit_rms}
+        return jnp.sum(weights * minimised), {name: jnp.sum(weights * value) for name, value in sums.items()}
+
+    return loss
+
+
+def make_step(
+    config: ModelConfig,
+    loss_function: LossFunction,
+    optimizer: optax.GradientTransformationExtraArgs,
+    accumulation: int,
+) -> Callable[[TrainState, Batch, Rates], tuple[TrainState, dict[str, jax.Array]]]:
+    """A step -> (new state, metrics as float32 scalars).
+
+    The gradient is that of the mean over all weighted tokens of the batch, also when it is accumulated over
+    micro-batches. A step whose loss or gradient is not finite changes nothing but the count `skipped`.
+    """
+    gradient = jax.value_and_grad(loss_function, has_aux=True)
+
+    def accumulated(trainable: Tree, batch: Batch):
+        if accumulation == 1:
+            return gradient(trainable, batch)
+
+        # Every accumulation-th row: each micro-batch has rows on every device.
+        def micro_batches(x: jax.Array) -> jax.Array:
+            return x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1)
+
+        def add(total, micro_batch: Batch):
+            return jax.tree.map(jnp.add, total, gradient(trainable, micro_batch)), None
+
+        stacked = jax.tree.map(micro_batches, batch)
+        first = jax.tree.map(lambda x: x[0], stacked)
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, trainable, first))
+        return jax.lax.scan(add, zero, stacked)[0]
+
+    def step(state: TrainState, batch: Batch, rates: Rates) -> tuple[TrainState, dict[str, jax.Array]]:
+        (_, sums), grads = accumulated(state.trainable, batch)
+        weight = jnp.sum(batch["weights"])
+        means = {name: value / weight for name, value in sums.items()}
+        grads = jax.tree.map(lambda x: x / weight, grads)
+        grad_norm = optax.global_norm(grads)
+        updates, moments = optimizer.update(
+            grads,
+            state.optimizer,
+            state.trainable,
+            learning_rate=rates.learning_rate,
+            weight_decay=rates.weight_decay,
+        )
+        finite = jnp.isfinite(means["loss"]) & jnp.isfinite(grad_norm)
+        new = TrainState(optax.apply_updates(state.trainable, updates), moments, state.skipped)
+        unchanged = TrainState(state.trainable, state.optimizer, state.skipped + 1)
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, unchanged)
+        metrics = means | {"grad_norm": grad_norm, "skipped": new.skipped.astype(jnp.float32)}
+        metrics |= norms_by_role("grad_norm", config, grads) | norms_by_role("update_norm", config, updates)
+        return new, metrics
+
+    return step
+
+
+class HeldOutSums(NamedTuple):
+    """float32 sums over a batch."""
+
+    nats: jax.Array
+    tokens: jax.Array
+    bytes: jax.Array  # of text, as UTF-8, that the targets stand for
+
+
+def make_evaluation(config: ModelConfig, compute: ComputeConfig) -> Callable[[Tree, Batch, jax.Array], HeldOutSums]:
+    """(parameters, batch, bytes of each token [V]) -> sums from which nats per token and bits per byte follow."""
+
+    def evaluate(parameters: Tree, batch: Batch, byte_lengths_V: jax.Array) -> HeldOutSums:
+        weights = batch["weights"]
+        nats = jnp.sum(weights * _losses(config, compute, parameters, batch).loss)
+        return HeldOutSums(nats, jnp.sum(weights), jnp.sum(weights * byte_lengths_V[batch["targets"]]))
+
+    return evaluate
