@@ -29,13 +29,14 @@ from cpmjax.model.parameters import count
 from cpmjax.model.presets import PRESETS
 from cpmjax.parallel import compiled
 from cpmjax.parallel.mesh import make_mesh
-from cpmjax.parallel.sharding import partition
+from cpmjax.parallel.sharding import named_sharding
 from cpmjax.run import cli
 from cpmjax.run.config import Config
 from cpmjax.run.directory import Lines, RunDirectory
 from cpmjax.run.interrupt import SAVED_AND_STOPPED, StopRequest
 from cpmjax.run.plots import draw
-from cpmjax.training.evaluation import HeldOut, Samples
+from cpmjax.sampling.prompts import Prompts
+from cpmjax.training.evaluation import HeldOut
 from cpmjax.training.log import Log
 from cpmjax.training.metrics import Throughput
 from cpmjax.training.optimizer import make_optimizer
@@ -80,7 +81,9 @@ def train(config: Config, directory: RunDirectory) -> int:
 
     # ---- model, optimizer, step ----------------------------------------------------------------------------------
     mesh = make_mesh(config.mesh)
-    by_row = NamedSharding(mesh, partition(("rows", "length")))
+    micro_batch = (config.training.batch_size // config.training.accumulation, config.data.sequence_length)
+    by_row = named_sharding(mesh, ("rows", "length"), micro_batch, "a micro-batch (training, data.sequence_length)")
+    throughput = Throughput(config)
     optimizer = make_optimizer(config.model, config.optimizer)
     loss = next_token_loss(config.model, config.compute, config.training.z_loss)
     step_function = make_step(config.model, loss, optimizer, config.training.accumulation)
@@ -98,12 +101,13 @@ def train(config: Config, directory: RunDirectory) -> int:
 
         # ---- where it stands -------------------------------------------------------------------------------------
         start, state = _starting_state(config, origin, checkpoints, optimizer, abstract)
-        if start == timeline.total:
+        if start >= timeline.total:
             _say(f"{directory.path} is complete: step {start} of {timeline.total}")
+            _draw(directory, timeline)
             _last_screen(directory)
             return 0
-        evaluate, write = HeldOut(config, text.held_out, tokenizer, by_row), Samples(config, tokenizer)
-        throughput = Throughput(config)
+        evaluate = HeldOut(config, text.held_out, tokenizer, by_row)
+        prompts = Prompts(config, tokenizer, by_row)
         _say(throughput.formula)
         _say(
             f"{directory.path}: {origin}; step {start} of {timeline.total}, {time.perf_counter() - began:.1f} s so far"
@@ -133,6 +137,7 @@ def train(config: Config, directory: RunDirectory) -> int:
             StopRequest() as stop,
             Loader(text.batches, timeline.position(start), config.training.batch_size, by_row) as loader,
         ):
+            throughput.start()
             recorder = Recorder(log, timeline, throughput, start, checkpoints.newest)
             for step in range(start + 1, timeline.total + 1):
                 state, metrics = run_step(state, next(loader), timeline.rates(step))
@@ -140,8 +145,10 @@ def train(config: Config, directory: RunDirectory) -> int:
                 if timeline.evaluates(step):
                     jax.block_until_ready(metrics)
                     with throughput.paused():
-                        recorder.flush(evaluate(state.trainable))
-                        log.write_samples(write(state.trainable, step))
+                        found = evaluate(state.trainable)
+                    recorder.flush(found)
+                    with throughput.paused():
+                        log.write_samples(prompts(state.trainable, step))
                         if time.monotonic() - drawn > _SECONDS_BETWEEN_PLOTS:
                             _draw(directory, timeline)
                             drawn = time.monotonic()

@@ -1,10 +1,9 @@
-"""What a run is asked at intervals: its loss on held-out text, and to write some."""
+"""Loss on held-out text."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +13,7 @@ from jax.sharding import NamedSharding
 from cpmjax.data.batches import Rows, held_out_batches
 from cpmjax.data.tokenizer import Tokenizer
 from cpmjax.model.parameters import Tree
-from cpmjax.model.transformer import MiniCPM
 from cpmjax.run.config import Config
-from cpmjax.sampling.decode import generate
 from cpmjax.training.step import make_evaluation
 
 
@@ -48,33 +45,3 @@ class HeldOut:
         for mean, each in (("heldout_loss", "heldout"), ("heldout_bits_per_byte", "bits_per_byte")):
             record[mean] = sum(w / total * record[f"{each}/{name}"] for name, w in self._weights.items())
         return record
-
-
-class Samples:
-    """Continuations of `evaluation.prompts`."""
-
-    def __init__(self, config: Config, tokenizer: Tokenizer):
-        self._config = config
-        self._tokenizer = tokenizer
-        prompts = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in config.evaluation.prompts]
-        self._lengths = jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
-        self._prompts = np.zeros((len(prompts), max(map(len, prompts), default=0)), np.int32)
-        for row, prompt in zip(self._prompts, prompts, strict=True):
-            row[: len(prompt)] = prompt
-
-    def __call__(self, parameters: Tree, step: int) -> list[dict[str, Any]]:
-        """[{"step", "prompt", "text"}], the same for the same parameters, seed and step."""
-        prompts, evaluation = self._config.evaluation.prompts, self._config.evaluation
-        if not prompts:
-            return []
-        tokens_BT = generate(
-            MiniCPM(self._config.model, parameters, self._config.compute),
-            jnp.asarray(self._prompts),
-            self._lengths,
-            jax.random.fold_in(jax.random.key(self._config.run.seed), step),
-            jnp.float32(evaluation.temperature),
-            jnp.int32(self._tokenizer.eos),
-            new_tokens=evaluation.sample_tokens,
-        )
-        texts = [self._tokenizer.decode(row) for row in np.asarray(tokens_BT).tolist()]
-        return [{"step": step, "prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]

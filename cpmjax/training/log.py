@@ -16,6 +16,7 @@ from cpmjax.run.directory import Lines, RunDirectory
 from cpmjax.run.errors import UserError
 
 _SECONDS_BETWEEN_LINES = 10.0  # in a log that is no terminal
+_SHOWN_CHARACTERS = 80  # of a sample
 
 
 class Log:
@@ -53,21 +54,24 @@ class Log:
                 self._tensorboard.add_scalar(key, value, step)
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
-        shown = {"loss": f"{record['loss']:.4f}", "lr": f"{record['learning_rate']:.3g}", "stage": record["stage"]}
         if self._bar is not None:
-            self._bar.set_postfix(shown, refresh=False)
+            self._bar.set_postfix_str(f"{record['stage']} loss {record['loss']:.3f}", refresh=False)
             self._bar.update(step - self._bar.n)
-        elif "heldout_loss" in record or time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
+        silent = self._bar is not None or time.monotonic() - self._last_line < _SECONDS_BETWEEN_LINES
+        if "heldout_loss" in record or not silent:
             self._last_line = time.monotonic()
             held_out = f"  held-out {record['heldout_loss']:.4f}" if "heldout_loss" in record else ""
             self.say(
-                f"step {step}/{self._total} {record['stage']:6}  loss {shown['loss']}{held_out}  lr {shown['lr']}  "
-                f"{record['tokens_per_second']:,.0f} tokens/s  ETA {self._eta(step)}"
+                f"step {step}/{self._total} {record['stage']:6}  loss {record['loss']:.4f}{held_out}  "
+                f"lr {record['learning_rate']:.3g}  {record['tokens_per_second']:,.0f} tokens/s  ETA {self._eta(step)}"
             )
 
     def write_samples(self, samples: list[dict[str, Any]]) -> None:
+        """Each to samples.jsonl; the beginning of the first one is shown."""
         for sample in samples:
             self._samples.append(sample)
+        for sample in samples[:1]:
+            self.say(f"  {sample['prompt']!r} goes on {sample['text'][:_SHOWN_CHARACTERS]!r}")
 
     def sync(self) -> None:
         """Returns when every line is on disk: what is saved next may count on it."""

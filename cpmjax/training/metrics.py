@@ -38,6 +38,10 @@ class Throughput:
             f"MFU = tokens/s x {self._flops_per_token:.4g} FLOPs a token (6 N and causal attention) "
             f"/ {self._peak:.4g} FLOPs/s ({jax.device_count()} x {source})"
         )
+        self.start()
+
+    def start(self) -> None:
+        """Begins to measure."""
         self._start = self._last = time.perf_counter()
         self._paused = self._paused_in_all = 0.0
 

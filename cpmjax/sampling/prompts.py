@@ -1,0 +1,51 @@
+"""What a run is asked to write at intervals."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from cpmjax.data.tokenizer import Tokenizer
+from cpmjax.model.parameters import Tree
+from cpmjax.model.transformer import MiniCPM
+from cpmjax.parallel.sharding import RULES
+from cpmjax.run.config import Config
+from cpmjax.sampling.decode import generate
+
+
+class Prompts:
+    """The prompts of `evaluation.prompts`, tokenised once, continued whenever the model has changed."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, sharding: NamedSharding):
+        self._config = config
+        self._tokenizer = tokenizer
+        prompts = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in config.evaluation.prompts]
+        # The first prompt fills up the rows, so that every device of the mesh has as many.
+        parts = math.prod(sharding.mesh.shape[axis] for axis in RULES["rows"])
+        prompts += prompts[:1] * (-len(prompts) % parts)
+        self._lengths = jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
+        self._prompts = np.zeros((len(prompts), max(map(len, prompts), default=0)), np.int32)
+        for row, prompt in zip(self._prompts, prompts, strict=True):
+            row[: len(prompt)] = prompt
+
+    def __call__(self, parameters: Tree, step: int) -> list[dict[str, Any]]:
+        """[{"step", "prompt", "text"}], the same for the same parameters, seed and step."""
+        prompts, evaluation = self._config.evaluation.prompts, self._config.evaluation
+        if not prompts:
+            return []
+        tokens_BT = generate(
+            MiniCPM(self._config.model, parameters, self._config.compute),
+            jnp.asarray(self._prompts),
+            self._lengths,
+            jax.random.fold_in(jax.random.key(self._config.run.seed), step),
+            jnp.float32(evaluation.temperature),
+            jnp.int32(self._tokenizer.eos),
+            new_tokens=evaluation.sample_tokens,
+        )
+        texts = [self._tokenizer.decode(row) for row in np.asarray(tokens_BT).tolist()]
+        return [{"step": step, "prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=False)]
