@@ -15,9 +15,6 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
-import optax
-from jax.sharding import NamedSharding
 
 from cpmjax.checkpoint.store import Checkpoints
 from cpmjax.data.loader import Loader
@@ -32,18 +29,18 @@ from cpmjax.parallel.mesh import make_mesh
 from cpmjax.parallel.sharding import named_sharding
 from cpmjax.run import cli
 from cpmjax.run.config import Config
-from cpmjax.run.directory import Lines, RunDirectory
+from cpmjax.run.directory import RunDirectory
 from cpmjax.run.interrupt import SAVED_AND_STOPPED, StopRequest
-from cpmjax.run.plots import draw
 from cpmjax.sampling.prompts import Prompts
 from cpmjax.training.evaluation import HeldOut
 from cpmjax.training.log import Log
 from cpmjax.training.metrics import Throughput
 from cpmjax.training.optimizer import make_optimizer
-from cpmjax.training.origin import Origin, new_origin
+from cpmjax.training.origin import Origin, new_origin, starting_state
 from cpmjax.training.recorder import Recorder
-from cpmjax.training.state import TrainState, abstract_state, create_state
-from cpmjax.training.step import make_step, next_token_loss
+from cpmjax.training.report import draw_curves, last_screen
+from cpmjax.training.state import abstract_state
+from cpmjax.training.step import abstract_batch, make_step, next_token_loss
 from cpmjax.training.timeline import Timeline
 
 _SECONDS_BETWEEN_PLOTS = 20.0
@@ -95,16 +92,16 @@ def train(config: Config, directory: RunDirectory) -> int:
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
         jitted = jax.jit(step_function, donate_argnums=0, out_shardings=(shardings, None))
         compile_began = time.perf_counter()
-        run_step = jitted.lower(abstract, _abstract_batch(config, by_row), timeline.rates(1)).compile()
+        run_step = jitted.lower(abstract, abstract_batch(config, by_row), timeline.rates(1)).compile()
         _say(f"compiled in {time.perf_counter() - compile_began:.1f} s for {mesh.size} x {mesh.devices.flat[0]}")
         _say(compiled.describe(compiled.memory(run_step), compiled.device_memory(mesh.devices.flat[0])))
 
         # ---- where it stands -------------------------------------------------------------------------------------
-        start, state = _starting_state(config, origin, checkpoints, optimizer, abstract)
+        start, state = starting_state(config, origin, checkpoints, optimizer, abstract)
         if start >= timeline.total:
             _say(f"{directory.path} is complete: step {start} of {timeline.total}")
-            _draw(directory, timeline)
-            _last_screen(directory)
+            draw_curves(directory, timeline)
+            _say(last_screen(directory, timeline, checkpoints.steps()))
             return 0
         evaluate = HeldOut(config, text.held_out, tokenizer, by_row)
         prompts = Prompts(config, tokenizer, by_row)
@@ -122,12 +119,7 @@ def train(config: Config, directory: RunDirectory) -> int:
                 state.trainable,
                 state.optimizer,
                 position={"sequences": timeline.position(step), "skipped": int(state.skipped)},
-                metadata={
-                    "step": step,
-                    "tokens": timeline.tokens(step),
-                    "stage": timeline.stage(step),
-                    "learning_rate": timeline.learning_rate(step),
-                },
+                metadata=timeline.facts(step),
             )
 
         # ---- the loop --------------------------------------------------------------------------------------------
@@ -150,21 +142,23 @@ def train(config: Config, directory: RunDirectory) -> int:
                     with throughput.paused():
                         log.write_samples(prompts(state.trainable, step))
                         if time.monotonic() - drawn > _SECONDS_BETWEEN_PLOTS:
-                            _draw(directory, timeline)
+                            draw_curves(directory, timeline)
                             drawn = time.monotonic()
-                if timeline.saves(step) or stop.received:
+                stopping = stop.received is not None
+                if timeline.saves(step) or stopping:
                     with throughput.paused():
                         save(step)
-                if stop.received:
+                if stopping:
                     break
             recorder.flush()
             checkpoints.wait()
+            saved = checkpoints.steps()
             _say(f"{throughput.summary(step - start)}; {loader.waited:.1f} s of it waiting for data")
-        _draw(directory, timeline)
+        draw_curves(directory, timeline)
     if step < timeline.total:
         _say(f"{stop.received}: saved step {step} of {timeline.total}; the same command goes on from there")
         return SAVED_AND_STOPPED
-    _last_screen(directory)
+    _say(last_screen(directory, timeline, saved))
     return 0
 
 
@@ -175,75 +169,6 @@ def _tokenizer(config: Config, directory: RunDirectory, origin: Origin) -> Token
     if origin.parent is not None:
         return Tokenizer.load(origin.parent.tokenizer_file)
     return make_tokenizer(config, _say)
-
-
-def _starting_state(
-    config: Config,
-    origin: Origin,
-    checkpoints: Checkpoints,
-    optimizer: optax.GradientTransformation,
-    abstract: TrainState,
-) -> tuple[int, TrainState]:
-    """(step, state) of the newest checkpoint, else of the parent's, else new."""
-    if checkpoints.steps():
-        source, step = checkpoints, checkpoints.steps()[-1]
-    elif origin.parent is not None:
-        source, step = Checkpoints(origin.parent.checkpoints), origin.step
-    else:
-        return 0, create_state(config.model, optimizer, abstract, config.run.seed)
-    parameters = source.parameters(step, abstract.trainable)
-    moments = source.optimizer(step, abstract.optimizer)
-    if moments is None:
-        shardings = jax.tree.map(lambda x: x.sharding, abstract.optimizer)
-        moments = jax.jit(optimizer.init, out_shardings=shardings)(parameters)
-    position = source.position(step) or {}
-    skipped = np.int32(position.get("skipped", 0))
-    return step, TrainState(parameters, moments, jax.device_put(skipped, abstract.skipped.sharding))
-
-
-def _abstract_batch(config: Config, sharding: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
-    shape = (config.training.batch_size, config.data.sequence_length)
-    types = dict.fromkeys(("tokens", "targets", "positions", "segments"), np.int32) | {"weights": np.float32}
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in types.items()}
-
-
-def _draw(directory: RunDirectory, timeline: Timeline) -> None:
-    parent = timeline.origin.parent
-    before = Lines.read(parent.metrics_file) if parent is not None and parent.metrics_file.is_file() else []
-    before = [record for record in before if record["step"] <= timeline.origin.step]
-    draw(Lines.read(directory.metrics_file), timeline.schedule.stages(), directory.path, before)
-
-
-def _last_screen(directory: RunDirectory) -> None:
-    """Where everything is, how it ended, and what to try next."""
-    records = [record for record in Lines.read(directory.metrics_file) if "heldout_loss" in record]
-    stable = [record for record in records if record["stage"] == "stable"]
-    lines = [""]
-    if records:
-        end = records[-1]
-        lines.append(
-            f"held-out loss {end['heldout_loss']:.4f} nats per token, {end['heldout_bits_per_byte']:.4f} bits per byte"
-        )
-        if stable and end["stage"] == "decay":
-            lines[-1] += f"; {stable[-1]['heldout_loss']:.4f} before the decay (step {stable[-1]['step']})"
-    for sample in Lines.read(directory.samples_file)[-1:]:
-        lines += ["", f"it continues {sample['prompt']!r} with", sample["prompt"] + sample["text"], ""]
-    for what, path in {
-        "loss curve": directory.plots / "loss.png",
-        "metrics": directory.metrics_file,
-        "samples": directory.samples_file,
-        "checkpoints": directory.checkpoints,
-    }.items():
-        lines.append(f"{what:<12} {path}")
-    step = f"--branch.step={stable[-1]['step']}" if stable else "--branch.step=STEP"
-    lines += [
-        f"{'curves':<12} tensorboard --logdir {directory.path}",
-        "",
-        "try next: a decay from another stable checkpoint, with a parent's moments and data position,",
-        f"  python -m cpmjax.train --branch.run={directory.path} {step} --schedule.decay=100 "
-        f"--run.directory={directory.path}-decay",
-    ]
-    _say("\n".join(lines))
 
 
 def _say(text: str) -> None:

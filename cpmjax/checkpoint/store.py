@@ -93,7 +93,8 @@ class Checkpoints:
     def metadata(self, step: int) -> dict[str, Any]:
         """step, tokens, stage, learning_rate."""
         self._folder(step)
-        return dict(self._manager.metadata(step).custom_metadata or {})
+        with _quiet():
+            return dict(self._manager.metadata(step).custom_metadata or {})
 
     def wait(self) -> None:
         """Returns when everything begun is on disk."""

@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import numpy as np
+import optax
+
 from cpmjax.checkpoint.store import Checkpoints
 from cpmjax.run import cli
 from cpmjax.run.config import Config, differences, encode, fingerprint
 from cpmjax.run.directory import RunDirectory
 from cpmjax.run.errors import UserError
+from cpmjax.training.state import TrainState, create_state
 
 _REWARMUP = 100  # steps, for a branch whose parent brought no moments
 
@@ -75,3 +80,27 @@ def new_origin(config: Config) -> Origin:
         "rewarmup": rewarmup,
     }
     return Origin.read({"kind": "branch", "parent": facts})
+
+
+def starting_state(
+    config: Config,
+    origin: Origin,
+    checkpoints: Checkpoints,
+    optimizer: optax.GradientTransformation,
+    abstract: TrainState,
+) -> tuple[int, TrainState]:
+    """(step, state) to go on from: the run's newest checkpoint, else its parent's, else new ones."""
+    if checkpoints.steps():
+        source, step = checkpoints, checkpoints.steps()[-1]
+    elif origin.parent is not None:
+        source, step = Checkpoints(origin.parent.checkpoints), origin.step
+    else:
+        return 0, create_state(config.model, optimizer, abstract, config.run.seed)
+    parameters = source.parameters(step, abstract.trainable)
+    moments = source.optimizer(step, abstract.optimizer)
+    if moments is None:
+        shardings = jax.tree.map(lambda x: x.sharding, abstract.optimizer)
+        moments = jax.jit(optimizer.init, out_shardings=shardings)(parameters)
+    position = source.position(step) or {}
+    skipped = np.int32(position.get("skipped", 0))
+    return step, TrainState(parameters, moments, jax.device_put(skipped, abstract.skipped.sharding))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
@@ -37,15 +36,9 @@ class Recorder:
         self._check(step, metrics)
         if evaluation is None and step % self._timeline.config.log.every:
             return
-        record: dict[str, Any] = {
-            "step": step,
-            "tokens": self._timeline.tokens(step),
-            "stage": self._timeline.stage(step),
-            "learning_rate": self._timeline.learning_rate(step),
-        }
         clock = self._throughput.measure(step - self._logged)
         self._logged = step
-        self._log.write(record | metrics | (evaluation or {}) | clock)
+        self._log.write(self._timeline.facts(step) | metrics | (evaluation or {}) | clock)
 
     def _check(self, step: int, metrics: dict[str, float]) -> None:
         allowed = self._timeline.config.training.skip_nonfinite

@@ -6,21 +6,32 @@ A batch is a dict of [B, L] arrays: tokens, targets, positions, segments (int32)
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
 from cpmjax.model.loss import TokenLosses, token_losses
 from cpmjax.model.parameters import Tree
 from cpmjax.model.transformer import MiniCPM
-from cpmjax.run.config import ComputeConfig, ModelConfig
+from cpmjax.run.config import ComputeConfig, Config, ModelConfig
 from cpmjax.training.metrics import norms_by_role
 from cpmjax.training.state import TrainState
 
-Batch = dict[str, jax.Array]
+Batch = dict[str, Any]
+
+
+def abstract_batch(config: Config, sharding: NamedSharding) -> Batch:
+    """The shapes, types and placement of a batch, to compile for before there is one."""
+    shape = (config.training.batch_size, config.data.sequence_length)
+    types = dict.fromkeys(("tokens", "targets", "positions", "segments"), np.int32) | {"weights": np.float32}
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in types.items()}
+
+
 # (trainable parameters, batch) -> (what is minimised, {metric: value}), all summed over tokens by their weights.
 LossFunction = Callable[[Tree, Batch], tuple[jax.Array, dict[str, jax.Array]]]
 

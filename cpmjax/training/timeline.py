@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -46,6 +47,15 @@ class Timeline:
     def tokens(self, step: int) -> int:
         """Tokens consumed after this step."""
         return self.position(step) * self.config.data.sequence_length
+
+    def facts(self, step: int) -> dict[str, Any]:
+        """What a line of metrics and a checkpoint say of their step."""
+        return {
+            "step": step,
+            "tokens": self.tokens(step),
+            "stage": self.stage(step),
+            "learning_rate": self.learning_rate(step),
+        }
 
     def evaluates(self, step: int) -> bool:
         return step % self.config.evaluation.every == 0 or step == self.total
