@@ -72,9 +72,6 @@ def train(config: Config, directory: RunDirectory) -> int:
     stores = open_stores(config, tokenizer, _say)
     order = segments(timeline.schedule, config.data, config.training.batch_size, origin.step, origin.position)
     text = Text(config, stores, Mixture(order, config.run.seed))
-    if not resumes:
-        tokenizer.save(directory.path)
-        directory.create(config, origin.provenance)
 
     # ---- model, optimizer, step ----------------------------------------------------------------------------------
     mesh = make_mesh(config.mesh)
@@ -87,7 +84,8 @@ def train(config: Config, directory: RunDirectory) -> int:
     _say(mup.describe(config.model, config.optimizer))
     _say(f"{count(config.model):,} parameters, {count(config.model, embeddings=False):,} of them not embeddings")
     _say(text.describe(timeline.position(timeline.total)))
-    with jax.set_mesh(mesh), contextlib.closing(Checkpoints(directory.checkpoints, config.checkpoint)) as checkpoints:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
         abstract = abstract_state(config.model, optimizer, mesh)
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
         jitted = jax.jit(step_function, donate_argnums=0, out_shardings=(shardings, None))
@@ -96,7 +94,11 @@ def train(config: Config, directory: RunDirectory) -> int:
         _say(f"compiled in {time.perf_counter() - compile_began:.1f} s for {mesh.size} x {mesh.devices.flat[0]}")
         _say(compiled.describe(compiled.memory(run_step), compiled.device_memory(mesh.devices.flat[0])))
 
-        # ---- where it stands -------------------------------------------------------------------------------------
+        # ---- where it stands: nothing was written to the run before all of the above had worked ------------------
+        if not resumes:
+            tokenizer.save(directory.path)
+            directory.create(config, origin.provenance)
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(directory.checkpoints, config.checkpoint)))
         start, state = starting_state(config, origin, checkpoints, optimizer, abstract)
         if start >= timeline.total:
             _say(f"{directory.path} is complete: step {start} of {timeline.total}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,10 +27,23 @@ class Text:
         length, seed = config.data.sequence_length, config.run.seed
         self.stores, self.mixture = stores, mixture
         self.rows = {name: Rows(store.train, length, seed) for name, store in stores.items()}
+        self._check_batch(config)
         self.batches = Batches(mixture, self.rows)
         self.held_out: dict[str, Rows] = {}
         if config.data.held_out:
             self.held_out = {name: Rows(store.held_out, length, None) for name, store in stores.items()}
+
+    def _check_batch(self, config: Config) -> None:
+        """Raises UserError if a batch would hold the same row of a corpus more than once."""
+        size = config.training.batch_size
+        for weights in (config.data.stable, config.data.decay):
+            for name, weight in weights.items():
+                share = math.ceil(size * weight / sum(weights.values()))
+                if self.rows[name].rows < share:
+                    raise UserError(
+                        f"corpus {name}: {self.rows[name].rows} rows of {config.data.sequence_length} tokens; expected "
+                        f"at least the {share} that a batch takes of it: add text, or lower training.batch_size = {size}"
+                    )
 
     def describe(self, position: int) -> str:
         """A line for each corpus: its size, and how often it will have been read at this position."""
