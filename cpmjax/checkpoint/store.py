@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ class Checkpoints:
         self.writes = rules is not None
         if not self.writes and not self.directory.is_dir():
             raise UserError(f"{self.directory.parent} has no checkpoints: expected a folder {self.directory}")
+        if self.writes:
+            _leave_errors_to_the_caller()
         with _quiet():
             options = ocp.CheckpointManagerOptions(
                 create=self.writes,
@@ -92,8 +95,7 @@ class Checkpoints:
 
     def metadata(self, step: int) -> dict[str, Any]:
         """step, tokens, stage, learning_rate."""
-        self._folder(step)
-        with _quiet():
+        with _quiet(), _restoring(self._folder(step)):
             return dict(self._manager.metadata(step).custom_metadata or {})
 
     def wait(self) -> None:
@@ -112,18 +114,16 @@ class Checkpoints:
         return self.directory / str(step)
 
     def _item_metadata(self, step: int, item: str) -> Tree:
-        self._folder(step)
-        with _quiet(), ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.metadata(self.directory / str(step) / item).item_metadata.tree
+        folder = self._folder(step) / item
+        with _quiet(), _restoring(folder), ocp.StandardCheckpointer() as checkpointer:
+            stored = checkpointer.metadata(folder).item_metadata
+            if stored is None:
+                raise FileNotFoundError("its metadata cannot be read")
+            return stored.tree
 
     def _restore(self, step: int, item: str, arguments: Any) -> Any:
-        folder = self._folder(step) / item
-        try:
-            with _quiet():
-                return self._manager.restore(step, args=ocp.args.Composite(**{item: arguments}))[item]
-        except (ValueError, FileNotFoundError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{folder} cannot be restored: {reason}") from error
+        with _quiet(), _restoring(self._folder(step) / item):
+            return self._manager.restore(step, args=ocp.args.Composite(**{item: arguments}))[item]
 
     @contextlib.contextmanager
     def _readable_errors(self) -> Iterator[None]:
@@ -140,15 +140,42 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
+def _restoring(folder: Path) -> Iterator[None]:
+    """Names what cannot be restored, with the first line of the reason that orbax or tensorstore gives."""
+    try:
+        yield
+    except Exception as error:
+        # Where data cannot be read, orbax raises a bare Exception; what tensorstore said is its cause.
+        lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{folder} cannot be restored: {lines[0].partition(' [tensorstore_spec')[0]}") from error
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps orbax's warnings about its own defaults (a read-only manager, say) from the user; errors still raise."""
     logger = logging.getLogger("absl")
     before = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
         logger.setLevel(before)
+
+
+def _leave_errors_to_the_caller() -> None:
+    """From now on a save that fails raises, in `save`, `wait` or `close`, and prints nothing.
+
+    Each background thread of orbax would log a traceback of its own, some after the error was raised, and asyncio one
+    for each write that nobody waits for any more; tensorstore's threads call back into loops that the error has closed.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _unless_late
+
+
+def _unless_late(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _preservation(rules: CheckpointConfig) -> Any:

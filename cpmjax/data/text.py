@@ -39,10 +39,11 @@ class Text:
         for weights in (config.data.stable, config.data.decay):
             for name, weight in weights.items():
                 share = math.ceil(size * weight / sum(weights.values()))
-                if self.rows[name].rows < share:
+                rows = self.rows[name]
+                if rows.rows < share:
                     raise UserError(
-                        f"corpus {name}: {self.rows[name].rows} rows of {config.data.sequence_length} tokens; expected "
-                        f"at least the {share} that a batch takes of it: add text, or lower training.batch_size = {size}"
+                        f"corpus {name}: {rows.rows} rows of {rows.length} tokens; expected at least the {share} that "
+                        f"a batch takes of it: add text, or lower training.batch_size = {size}"
                     )
 
     def describe(self, position: int) -> str:

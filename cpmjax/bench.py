@@ -1,0 +1,245 @@
+"""The project's own measurements.
+
+usage: python -m cpmjax.bench train [--experiment YAML] [--rounds N] [--steps N] [--output FILE.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import platform
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from cpmjax.parallel.mesh import make_mesh
+from cpmjax.parallel.sharding import partition
+from cpmjax.run import cli
+from cpmjax.run.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from cpmjax.run.directory import Lines, RunDirectory, write_atomically
+from cpmjax.run.errors import UserError
+from cpmjax.run.interrupt import SAVED_AND_STOPPED
+from cpmjax.training.optimizer import make_optimizer
+from cpmjax.training.state import abstract_state
+from cpmjax.training.step import Rates, abstract_batch, make_step, next_token_loss
+
+_EXPERIMENT = Path(__file__).parents[1] / "experiments" / "wsd.yaml"
+_SHALLOW, _DEEP = 4, 40  # layers
+_PATIENCE = 600.0  # seconds without a line of metrics after which a run is given up
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The median of `samples`; `bar` is the most it may be, None where nothing was promised."""
+
+    name: str
+    unit: str
+    samples: list[float]
+    bar: float | None = None
+
+    @property
+    def value(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def verdict(self) -> str:
+        if self.bar is None:
+            return ""
+        return "within" if self.value <= self.bar else "MISSED"
+
+
+# Compile time.
+
+
+def compile_seconds(layers: int) -> float:
+    """Seconds to trace, lower and compile the training step of a narrow model; nothing of it is taken from a cache."""
+    model = ModelConfig(vocabulary=512, width=64, layers=layers, heads=4, feed_forward=160, dim_model_base=64)
+    config = Config(model=model, data=DataConfig(sequence_length=128), training=TrainingConfig(batch_size=8))
+    optimizer = make_optimizer(model, OptimizerConfig())
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    by_row = NamedSharding(mesh, partition(("rows", "length")))
+    batch = abstract_batch(config, by_row)
+    state = abstract_state(model, optimizer, mesh)
+    jax.clear_caches()
+    with jax.set_mesh(mesh):
+        began = time.perf_counter()
+        step = make_step(model, next_token_loss(model, config.compute, 0.0), optimizer, accumulation=1)
+        jax.jit(step, donate_argnums=0).lower(state, batch, Rates(np.float32(0), np.float32(0))).compile()
+        return time.perf_counter() - began
+
+
+def measure_compilation(rounds: int) -> list[Measurement]:
+    """Depths take turns, so that whatever else the machine does meets both; the first compilation of all is dropped."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compile_seconds(_SHALLOW)
+    seconds: dict[int, list[float]] = {_SHALLOW: [], _DEEP: []}
+    for _, layers in itertools.product(range(rounds), seconds):
+        seconds[layers].append(compile_seconds(layers))
+    shallow, deep = (
+        Measurement(f"compilation of the step, {layers} scanned layers", "s", samples)
+        for layers, samples in seconds.items()
+    )
+    return [shallow, deep, Measurement("ratio of the two medians", "", [deep.value / shallow.value], bar=1.2)]
+
+
+# Runs of the job, in processes of their own.
+
+
+@contextlib.contextmanager
+def job(experiment: Path, directory: Path, cache: Path) -> Iterator[Callable[[int], float]]:
+    """`python -m cpmjax.train`; yields a function that waits for so many lines of metrics: seconds since the start.
+
+    When the block ends, the run is asked to save and stop; what it has said lies in `directory`.stderr.
+    """
+    keys = (f"--run.directory={directory}", f"--run.cache={cache}", "--log.every=1")
+    metrics, said = RunDirectory(directory).metrics_file, directory.with_suffix(".stderr")
+    with open(said, "wb") as stderr:
+        began = time.perf_counter()
+        command = [sys.executable, "-m", "cpmjax.train", str(experiment), *keys]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr)
+
+    def failed(expected: str) -> UserError:
+        last = (said.read_text(errors="replace").splitlines() or ["nothing"])[-1]
+        return UserError(f"{experiment}: expected {expected}; the last that the run said: {last}")
+
+    def wait_for(lines: int) -> float:
+        while True:
+            ended, seconds = process.poll() is not None, time.perf_counter() - began
+            if metrics.is_file() and metrics.read_bytes().count(b"\n") >= lines:
+                return seconds
+            if ended or seconds > _PATIENCE:
+                raise failed(f"{lines} steps in {_PATIENCE:.0f} s")
+            time.sleep(0.01)
+
+    try:
+        yield wait_for
+        process.send_signal(signal.SIGTERM)
+        if process.wait(_PATIENCE) not in (0, SAVED_AND_STOPPED):
+            raise failed("that it stops when asked to")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def measure_runs(experiment: Path, rounds: int, steps: int) -> tuple[list[Measurement], dict[str, Any]]:
+    """Runs with an empty cache and runs that find it filled, by turns; the latter go on for some steps.
+
+    -> measurements, and what a run says about itself: the formula of its MFU, and versions.
+    """
+    first = Measurement("start to first step, empty cache", "s", [], bar=60.0)
+    later = Measurement("start to first step, after that", "s", [], bar=15.0)
+    waiting = Measurement("share of time spent waiting for data", "%", [], bar=2.0)
+    speed = Measurement("throughput", "tokens/s", [])
+    mfu = Measurement("model FLOPs utilisation", "%", [])
+    with tempfile.TemporaryDirectory(prefix="cpmjax-bench-") as name:
+        for number in range(rounds):
+            folder = Path(name) / str(number)
+            folder.mkdir()
+            with job(experiment, folder / "first", folder / "cache") as wait_for:
+                first.samples.append(wait_for(1))
+            with job(experiment, folder / "later", folder / "cache") as wait_for:
+                later.samples.append(wait_for(1))
+                wait_for(steps)
+            run, said = RunDirectory(folder / "later"), (folder / "later.stderr").read_text()
+            records = Lines.read(run.metrics_file)[1:]  # the first step begins before the clock does
+            waiting.samples.append(_share_of_waiting(said))
+            speed.samples.append(statistics.median(record["tokens_per_second"] for record in records))
+            mfu.samples.append(100 * statistics.median(record["mfu"] for record in records))
+            about = {"mfu": re.findall("^MFU = .*$", said, re.MULTILINE)[0], "versions": run.provenance()["versions"]}
+    return [first, later, waiting, speed, mfu], about
+
+
+def _share_of_waiting(said: str) -> float:
+    """In per cent, from the line with which the job sums up its steps."""
+    found = re.search(r"\d+ steps in ([\d.,]+) s, .*; ([\d.,]+) s of it waiting for data", said)
+    if found is None:
+        raise ValueError("the job no longer says how long it waited for data")
+    elapsed, waited = (float(number.replace(",", "")) for number in found.groups())
+    return 100 * waited / elapsed if elapsed else 0.0
+
+
+# What was measured, and where.
+
+
+def machine() -> dict[str, Any]:
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        model = names[0] if names else model
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    devices = [device.device_kind for device in jax.devices()]
+    return {"cpu": model, "cores": os.cpu_count(), "memory_gib": round(memory / 2**30, 1), "devices": devices}
+
+
+def table(measurements: list[Measurement]) -> str:
+    rows = [("measurement", "median", "bar", "verdict", "samples")]
+    for each in measurements:
+        bar = "" if each.bar is None else f"<= {each.bar:g}"
+        samples = ", ".join(f"{sample:.4g}" for sample in each.samples)
+        rows.append((each.name, f"{each.value:.4g} {each.unit}".strip(), bar, each.verdict, samples))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def bench_train(arguments: argparse.Namespace) -> None:
+    if not arguments.experiment.is_file():
+        raise UserError(f"--experiment = {str(arguments.experiment)!r}: expected a YAML file")
+    if arguments.rounds < 1 or arguments.steps < 2:
+        raise UserError(f"--rounds = {arguments.rounds}, --steps = {arguments.steps}: expected at least 1 and 2")
+    runs, about = measure_runs(arguments.experiment, arguments.rounds, arguments.steps)
+    measurements = measure_compilation(arguments.rounds) + runs
+    report = {
+        "benchmark": "train",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": about["versions"],
+        "experiment": arguments.experiment.name,
+        "steps": arguments.steps,
+        "mfu_formula": about["mfu"],
+        "measurements": [asdict(each) | {"median": each.value, "verdict": each.verdict} for each in measurements],
+    }
+    for key in ("date", "machine", "versions", "experiment", "mfu_formula"):
+        print(f"{key:<12} {report[key]}")
+    print(f"\n{table(measurements)}")
+    if arguments.output is not None:
+        write_atomically(arguments.output, json.dumps(report, indent=2) + "\n")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"command line: {message}; expected as in: {' '.join(self.format_usage().split())}")
+
+
+def main(argv: list[str]) -> None:
+    parser = _Parser(prog="python -m cpmjax.bench", description="The project's own measurements.")
+    benchmarks = parser.add_subparsers(title="what there is", metavar="BENCHMARK", required=True)
+    train = benchmarks.add_parser("train", help="compile time by depth, start to first step, waiting, throughput, MFU")
+    train.add_argument("--experiment", type=Path, default=_EXPERIMENT, help="the run to measure (default: %(default)s)")
+    train.add_argument("--rounds", type=int, default=3, help="how often each is measured (default: %(default)s)")
+    train.add_argument("--steps", type=int, default=60, help="of the runs with a filled cache (default: %(default)s)")
+    train.add_argument("--output", type=Path, help="a JSON file for the results")
+    train.set_defaults(run=bench_train)
+    arguments = parser.parse_args(argv)
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    cli.main(main)

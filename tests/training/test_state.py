@@ -1,0 +1,138 @@
+"""Parameters are born where they live, and where they live changes no result: one device against eight."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, NamedSharding
+
+from cpmjax.model.parameters import flat, specs
+from cpmjax.parallel.mesh import AXES, make_mesh
+from cpmjax.parallel.sharding import partition
+from cpmjax.run.config import ComputeConfig, MeshConfig, ModelConfig, OptimizerConfig
+from cpmjax.run.errors import UserError
+from cpmjax.training.optimizer import make_optimizer
+from cpmjax.training.state import TrainState, abstract_state, create_state, parameter_shardings
+from cpmjax.training.step import Rates, make_step, next_token_loss
+
+MODEL = ModelConfig(vocabulary=304, width=32, layers=2, heads=4, feed_forward=64, dim_model_base=16)
+ROWS, LENGTH, STEPS = 8, 16, 5
+OPTIMIZER = make_optimizer(MODEL, OptimizerConfig())
+
+
+def new_state(mesh) -> TrainState:
+    with jax.set_mesh(mesh):
+        return create_state(MODEL, OPTIMIZER, abstract_state(MODEL, OPTIMIZER, mesh), seed=7)
+
+
+def batch(step: int) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(step)
+    tokens = random.integers(0, MODEL.vocabulary, (ROWS, LENGTH + 1)).astype(np.int32)
+    places = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (ROWS, LENGTH))
+    weights = random.uniform(0.5, 1, (ROWS, LENGTH)).astype(np.float32)
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "positions": places,
+        "segments": np.ones_like(places),
+        "weights": weights,
+    }
+
+
+def losses(mesh, accumulation: int = 1) -> tuple[list[float], dict[str, np.ndarray]]:
+    """Loss of each of the steps, and the parameters after them."""
+    state, loss = new_state(mesh), next_token_loss(MODEL, ComputeConfig(), z_loss=0.0)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    by_row = NamedSharding(mesh, partition(("rows", "length")))
+    found = []
+    with jax.set_mesh(mesh):
+        step = jax.jit(make_step(MODEL, loss, OPTIMIZER, accumulation), out_shardings=(shardings, None))
+        for number in range(STEPS):
+            placed = {name: jax.device_put(values, by_row) for name, values in batch(number).items()}
+            state, metrics = step(state, placed, Rates(np.float32(0.01), np.float32(0.001)))
+            found.append(float(metrics["loss"]))
+    return found, {name: np.asarray(values) for name, values in flat(state.trainable).items()}
+
+
+def check_parts(state: TrainState, parts: int, norm_parts: int) -> None:
+    """Each device holds 1/parts of every matrix and of its two moments (1/norm_parts of a norm gain), no two the same.
+
+    Equal parts of distinct places make a whole, so what a device holds is what it must.
+    """
+    adam = state.optimizer[1]
+    for tree in (state.trainable, adam.mu, adam.nu):
+        for name, spec in flat(specs(MODEL)).items():
+            array, share = flat(tree)[name], norm_parts if spec.role == "norm" else parts
+            assert array.shape == spec.shape
+            shards = array.addressable_shards
+            assert len(shards) == 8
+            assert {math.prod(shard.data.shape) for shard in shards} == {math.prod(spec.shape) // share}, name
+            assert len({str(shard.index) for shard in shards}) == share, name
+
+
+def check_eight_devices() -> None:
+    """Runs in a process with eight simulated devices."""
+    assert len(jax.devices()) == 8
+    one = make_mesh(MeshConfig(), jax.devices()[:1])
+    expected = flat(new_state(one).trainable)
+    expected_losses, expected_end = losses(one)
+    assert expected_losses[-1] != expected_losses[0]
+    # Accumulation cuts the rows of each device, so the sharded runs may differ from the single one in that, too.
+    for mesh, parts, norm_parts, accumulation in (
+        (MeshConfig(data=1, fsdp=8), 8, 8, 1),
+        (MeshConfig(data=1, fsdp=4, tensor=2), 8, 4, 2),
+    ):
+        made = new_state(make_mesh(mesh))
+        check_parts(made, parts, norm_parts)
+        for name, values in flat(made.trainable).items():
+            np.testing.assert_array_equal(np.asarray(values), np.asarray(expected[name]), err_msg=name)
+        found, end = losses(make_mesh(mesh), accumulation)
+        np.testing.assert_allclose(found, expected_losses, rtol=0, atol=1e-5)
+        for name, values in end.items():
+            np.testing.assert_allclose(values, expected_end[name], rtol=0, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.slow
+def test_eight_devices_hold_an_eighth_each_and_learn_as_one():
+    environment = os.environ | {
+        # Little optimisation: the programs are compiled for longer than they run.
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent)]),
+    }
+    command = [sys.executable, "-c", "import test_state; test_state.check_eight_devices()"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
+def test_one_device_a_fresh_state_and_its_declaration_agree():
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    declared, made = abstract_state(MODEL, OPTIMIZER, mesh), new_state(mesh)
+    assert jax.tree.structure(declared) == jax.tree.structure(made)
+    for a, b in zip(jax.tree.leaves(declared), jax.tree.leaves(made), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype) and b.sharding.is_equivalent_to(a.sharding, b.ndim)
+    assert int(made.skipped) == 0 and made.skipped.dtype == jnp.int32
+    assert all(not np.any(moment) for moment in jax.tree.leaves(made.optimizer))
+
+
+@pytest.mark.parametrize(
+    "mesh, model, message",
+    [
+        ({"fsdp": 8}, {"width": 36, "heads": 3}, "axis width of size 36 cannot be split over mesh fsdp = 8"),
+        ({"tensor": 8}, {"vocabulary": 307}, "axis vocabulary of size 307 cannot be split over mesh tensor = 8"),
+        ({"tensor": 8}, {"feed_forward": 60}, "axis feed_forward of size 60 cannot be split over mesh tensor = 8"),
+    ],
+)
+def test_axes_that_do_not_divide_are_refused_with_the_numbers(mesh, model, message):
+    sizes = tuple(mesh.get(axis, 1) for axis in AXES)
+    with pytest.raises(UserError, match=message):
+        parameter_shardings(replace(MODEL, **model), AbstractMesh(sizes, AXES))
