@@ -25,7 +25,7 @@ def test_train_measures_and_reports(tmp_path, capsys, monkeypatch):
     finally:
         jax.config.update("jax_enable_compilation_cache", caching)
     report = json.loads(output.read_text())
-    assert report["benchmark"] == "train" and report["experiment"] == str(experiment) and report["steps"] == 8
+    assert report["benchmark"] == "train" and report["experiment"] == experiment.name and report["steps"] == 8
     assert report["versions"].keys() >= {"python", "jax", "cpmjax"}
     assert report["machine"]["cores"] >= 1 and report["machine"]["memory_gib"] > 0
     assert report["mfu_formula"].startswith("MFU = tokens/s x ")
