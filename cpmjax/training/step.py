@@ -70,7 +70,7 @@ def make_step(
     """A step -> (new state, metrics as float32 scalars).
 
     The gradient is that of the mean over all weighted tokens of the batch, also when it is accumulated over
-    micro-batches. A step whose loss or gradient is not finite changes nothing but the count `skipped`.
+    micro-batches. A step whose loss, gradient or update is not finite changes nothing but the count `skipped`.
     """
     gradient = jax.value_and_grad(loss_function, has_aux=True)
 
@@ -103,7 +103,7 @@ def make_step(
             learning_rate=rates.learning_rate,
             weight_decay=rates.weight_decay,
         )
-        finite = jnp.isfinite(means["loss"]) & jnp.isfinite(grad_norm)
+        finite = jnp.isfinite(means["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.global_norm(updates))
         new = TrainState(optax.apply_updates(state.trainable, updates), moments, state.skipped)
         unchanged = TrainState(state.trainable, state.optimizer, state.skipped + 1)
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, unchanged)
