@@ -132,7 +132,7 @@ def train(config: Config, directory: RunDirectory) -> int:
             Loader(text.batches, timeline.position(start), config.training.batch_size, by_row) as loader,
         ):
             throughput.start()
-            recorder = Recorder(log, timeline, throughput, start, checkpoints.newest)
+            recorder = Recorder(log, timeline, throughput, start, int(state.skipped), checkpoints.newest)
             for step in range(start + 1, timeline.total + 1):
                 state, metrics = run_step(state, next(loader), timeline.rates(step))
                 recorder.add(step, metrics)

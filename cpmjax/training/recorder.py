@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
-import numpy as np
 
 from cpmjax.run.errors import UserError
 from cpmjax.training.log import Log
@@ -16,8 +15,18 @@ from cpmjax.training.timeline import Timeline
 class Recorder:
     """Holds the newest step's metrics until the next step is under way, or until `flush`."""
 
-    def __init__(self, log: Log, timeline: Timeline, throughput: Throughput, start: int, last_good: Callable[[], str]):
+    def __init__(
+        self,
+        log: Log,
+        timeline: Timeline,
+        throughput: Throughput,
+        start: int,
+        skipped: int,
+        last_good: Callable[[], str],
+    ):
+        """`start` steps lie behind, `skipped` of them without an update; `last_good` names the newest checkpoint."""
         self._log, self._timeline, self._throughput = log, timeline, throughput
+        self._skipped_before = skipped
         self._last_good = last_good
         self._logged = start
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -42,7 +51,7 @@ class Recorder:
 
     def _check(self, step: int, metrics: dict[str, float]) -> None:
         allowed = self._timeline.config.training.skip_nonfinite
-        if np.isfinite([metrics["loss"], metrics["grad_norm"]]).all() or metrics["skipped"] <= allowed:
+        if metrics["skipped"] <= max(allowed, self._skipped_before):
             return
         first, last = self._timeline.position(step - 1), self._timeline.position(step) - 1
         raise UserError(
