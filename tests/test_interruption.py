@@ -49,7 +49,8 @@ def test_killed_again_and_again(folder: Path, uninterrupted: Path, expected: dic
     anywhere = random.Random(1).choice([21, 22, 23, 24])
     moments = {
         "while a store is built": lambda: any((cache / "tokens").glob("*.building")),
-        "while compiling": lambda: (run / "config.yaml").exists(),
+        "while compiling": lambda: len([*(cache / "tokens").glob("*/store.json")]) == 2,
+        "as soon as there is a run": lambda: (run / "config.yaml").exists(),
         "during the first save": lambda: (run / "checkpoints" / "5.orbax-checkpoint-tmp").exists(),
         # The evaluated line 10 is written, its checkpoint is not.
         "between a line and its checkpoint": lambda: jobs.lines_of(run) >= 10 and 10 not in jobs.steps_of(run),

@@ -1,0 +1,121 @@
+"""Every YAML in experiments/ loads and runs, and every command of the README works as printed (fewer steps)."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cpmjax.model.presets import PRESETS
+from cpmjax.run import cli
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+
+# What makes the default run a matter of seconds; nothing else of it is changed.
+SHORT = ["--schedule.warmup=2", "--schedule.decay=2", "--evaluation.every=4", "--evaluation.rows=8"]
+TRUNK = ["--schedule.stable=4", "--checkpoint.every=2"]
+
+
+def commands() -> list[str]:
+    """The commands of the README's shell blocks, continued lines joined, without comments."""
+    text = "\n".join(body for language, body in BLOCKS if language == "bash").replace("\\\n", " ")
+    return [line.split(" #")[0].strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+
+
+def train(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cpmjax.train", *arguments, f"--run.cache={folder / 'cache'}"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An empty folder with the experiments in it, and the default run, shortened."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "experiments").symlink_to(ROOT / "experiments")
+    result = train(["experiments/wsd.yaml", *SHORT, *TRUNK], folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.smoke
+def test_the_default_run(folder):
+    run = folder / "runs" / "wsd"
+    for name in ("config.yaml", "tokenizer.model", "metrics.jsonl", "samples.jsonl", "provenance.json"):
+        assert (run / name).is_file(), name
+    assert (run / "plots" / "loss.png").stat().st_size > 10_000
+    assert (run / "checkpoints" / "8" / "parameters").is_dir()
+
+
+@pytest.mark.slow
+def test_the_decay_experiment(folder):
+    result = train(["experiments/decay.yaml", "--branch.step=4", *SHORT[1:]], folder)
+    assert result.returncode == 0, result.stderr
+    assert "a branch of" in result.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_experiment_says_what_it_shows_and_loads(path):
+    text = path.read_text()
+    assert text.startswith("# "), "an experiment opens with what it shows"
+    if "branch:" not in text:
+        config = cli.load([str(path)], PRESETS, "")
+        assert cli.load([str(path), f"--run.seed={config.run.seed}"], PRESETS, "") == config
+
+
+def test_the_readme_has_its_two_commands():
+    install = [command for command in commands() if "pip install" in command]
+    assert len(install) == 2
+    assert all("python3 -m venv" in command for command in install)
+    assert "cpmjax.train experiments/wsd.yaml" in install[0] and "pytest" in install[1]
+
+
+@pytest.mark.slow
+def test_every_training_command_of_the_readme(folder):
+    """In the order of the README: each finds what the ones before it made."""
+    (folder / "my_text").mkdir()
+    sentences = [f"Sentence {i} tells of a river, a mill and the {i % 7} stones under it.\n" for i in range(6000)]
+    for part in range(100):
+        (folder / "my_text" / f"{part}.txt").write_text("".join(sentences[part::100]))
+    ran = 0
+    for command in commands():
+        words = shlex.split(command)
+        if "cpmjax.train" not in words or "pip" in words:
+            continue
+        arguments = words[words.index("cpmjax.train") + 1 :]
+        if "--help" not in arguments:
+            arguments = [re.sub(r"(branch\.step=)\d+", r"\g<1>4", argument) for argument in arguments]
+            arguments = [argument for argument in arguments if not argument.startswith("--schedule.decay=")]
+            branch = any("branch" in argument or "decay.yaml" in argument for argument in arguments)
+            arguments += SHORT[1:] if branch else [*SHORT, *TRUNK]
+        result = train(arguments, folder)
+        assert result.returncode == 0, f"{command}\n{result.stderr}"
+        ran += 1
+    assert ran >= 3
+
+
+def test_every_python_block_of_the_readme(folder):
+    for language, body in BLOCKS:
+        if language == "python":
+            result = subprocess.run([sys.executable, "-c", body], cwd=folder, capture_output=True, text=True)
+            assert result.returncode == 0, result.stderr
+
+
+def test_the_layout_in_the_readme_is_the_layout():
+    layout = next(body for language, body in BLOCKS if language == "text" and body.startswith("cpmjax/"))
+    named = set(re.findall(r"^  (\w+/|\w+\.py)", layout, re.MULTILINE))
+    there = {path.name + "/" for path in (ROOT / "cpmjax").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    there |= {path.name for path in (ROOT / "cpmjax").glob("*.py")} - {"__init__.py"}
+    assert named == there
+
+
+def test_links_and_pictures_of_the_readme_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
