@@ -146,6 +146,7 @@ def _restoring(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:
         # Where data cannot be read, orbax raises a bare Exception; what tensorstore said is its cause.
+        _leave_errors_to_the_caller()
         lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{folder} cannot be restored: {lines[0].partition(' [tensorstore_spec')[0]}") from error
 
@@ -163,18 +164,21 @@ def _quiet() -> Iterator[None]:
 
 
 def _leave_errors_to_the_caller() -> None:
-    """From now on a save that fails raises, in `save`, `wait` or `close`, and prints nothing.
+    """From now on what fails to be saved or restored raises here, and prints nothing elsewhere.
 
     Each background thread of orbax would log a traceback of its own, some after the error was raised, and asyncio one
-    for each write that nobody waits for any more; tensorstore's threads call back into loops that the error has closed.
+    for each write that nobody waits for any more; tensorstore's threads call back into loops that the error has closed,
+    and reads that were given up complain when they are collected.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.unraisablehook = _unless_late
+    sys.unraisablehook = _unless_given_up
 
 
-def _unless_late(unraisable: Any) -> None:
-    if str(unraisable.exc_value) != "Event loop is closed":
+def _unless_given_up(unraisable: Any) -> None:
+    coroutine = getattr(unraisable.object, "cr_code", None)
+    given_up = coroutine is not None and "orbax" in coroutine.co_filename
+    if not given_up and str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
 
