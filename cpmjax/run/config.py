@@ -254,7 +254,7 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save, and what to keep. The last step is always saved."""
+    """When to save, and what to keep. The last step is always saved, and the last one before a decay."""
 
     every: int = 100
     every_in_decay: int | None = None  # None: as `every`

@@ -24,10 +24,10 @@ class Prompts:
     def __init__(self, config: Config, tokenizer: Tokenizer, sharding: NamedSharding):
         self._config = config
         self._tokenizer = tokenizer
-        prompts = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in config.evaluation.prompts]
+        self._ids = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in config.evaluation.prompts]
         # The first prompt fills up the rows, so that every device of the mesh has as many.
         parts = math.prod(sharding.mesh.shape[axis] for axis in RULES["rows"])
-        prompts += prompts[:1] * (-len(prompts) % parts)
+        prompts = self._ids + self._ids[:1] * (-len(self._ids) % parts)
         self._lengths = jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
         self._prompts = np.zeros((len(prompts), max(map(len, prompts), default=0)), np.int32)
         for row, prompt in zip(self._prompts, prompts, strict=True):
@@ -47,5 +47,11 @@ class Prompts:
             jnp.int32(self._tokenizer.eos),
             new_tokens=evaluation.sample_tokens,
         )
-        texts = [self._tokenizer.decode(row) for row in np.asarray(tokens_BT).tolist()]
-        return [{"step": step, "prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=False)]
+        return [
+            {"step": step, "prompt": prompt, "text": self._continuation(ids, row)}
+            for prompt, ids, row in zip(prompts, self._ids, np.asarray(tokens_BT).tolist(), strict=False)
+        ]
+
+    def _continuation(self, prompt: list[int], tokens: list[int]) -> str:
+        """What the tokens add to the text; a tokenizer may treat the start of a text unlike its middle."""
+        return self._tokenizer.decode([*prompt, *tokens])[len(self._tokenizer.decode(prompt)) :]
