@@ -4,7 +4,8 @@ usage: python -m cpmjax.train EXPERIMENT.yaml [--section.key=value ...]
 
 A run directory that exists already is continued from its newest checkpoint. With --branch.run=RUN --branch.step=N
 (or a YAML that says so) the run starts from step N of another one, with its settings, moments and place in the data,
-and its decay begins there. SIGTERM or Ctrl-C saves a checkpoint and exits with code 75: the same command goes on.
+and its decay begins there. Once training has begun, SIGTERM or Ctrl-C saves a checkpoint and exits with code 75: the
+same command goes on.
 """
 
 from __future__ import annotations

@@ -29,16 +29,16 @@ class Checkpoints:
 
     def __init__(self, directory: Path, rules: CheckpointConfig | None = None):
         self.directory = Path(directory).absolute()
-        self.writes = rules is not None
-        if not self.writes and not self.directory.is_dir():
+        writes = rules is not None
+        if not writes and not self.directory.is_dir():
             raise UserError(f"{self.directory.parent} has no checkpoints: expected a folder {self.directory}")
-        if self.writes:
+        if writes:
             _leave_errors_to_the_caller()
         with _quiet():
             options = ocp.CheckpointManagerOptions(
-                create=self.writes,
-                read_only=not self.writes,
-                cleanup_tmp_directories=self.writes,
+                create=writes,
+                read_only=not writes,
+                cleanup_tmp_directories=writes,
                 preservation_policy=_preservation(rules) if rules is not None else None,
             )
             self._manager = ocp.CheckpointManager(self.directory, options=options)
