@@ -9,8 +9,6 @@ import argparse
 import contextlib
 import itertools
 import json
-import os
-import platform
 import re
 import signal
 import statistics
@@ -22,12 +20,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from cpmjax.parallel.machine import machine
 from cpmjax.parallel.mesh import make_mesh
 from cpmjax.parallel.sharding import partition
 from cpmjax.run import cli
@@ -35,6 +34,7 @@ from cpmjax.run.config import Config, DataConfig, MeshConfig, ModelConfig, Optim
 from cpmjax.run.directory import Lines, RunDirectory, write_atomically
 from cpmjax.run.errors import UserError
 from cpmjax.run.interrupt import SAVED_AND_STOPPED
+from cpmjax.run.table import aligned
 from cpmjax.training.optimizer import make_optimizer
 from cpmjax.training.state import abstract_state
 from cpmjax.training.step import Rates, abstract_batch, make_step, next_token_loss
@@ -177,26 +177,13 @@ def _share_of_waiting(said: str) -> float:
 # What was measured, and where.
 
 
-def machine() -> dict[str, Any]:
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        model = names[0] if names else model
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    devices = [device.device_kind for device in jax.devices()]
-    return {"cpu": model, "cores": os.cpu_count(), "memory_gib": round(memory / 2**30, 1), "devices": devices}
-
-
 def table(measurements: list[Measurement]) -> str:
     rows = [("measurement", "median", "bar", "verdict", "samples")]
     for each in measurements:
         bar = "" if each.bar is None else f"<= {each.bar:g}"
         samples = ", ".join(f"{sample:.4g}" for sample in each.samples)
         rows.append((each.name, f"{each.value:.4g} {each.unit}".strip(), bar, each.verdict, samples))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return aligned(rows)
 
 
 def bench_train(arguments: argparse.Namespace) -> None:
@@ -223,13 +210,8 @@ def bench_train(arguments: argparse.Namespace) -> None:
         write_atomically(arguments.output, json.dumps(report, indent=2) + "\n")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"command line: {message}; expected as in: {' '.join(self.format_usage().split())}")
-
-
 def main(argv: list[str]) -> None:
-    parser = _Parser(prog="python -m cpmjax.bench", description="The project's own measurements.")
+    parser = cli.Parser(prog="python -m cpmjax.bench", description="The project's own measurements.")
     benchmarks = parser.add_subparsers(title="what there is", metavar="BENCHMARK", required=True)
     train = benchmarks.add_parser("train", help="compile time by depth, start to first step, waiting, throughput, MFU")
     train.add_argument("--experiment", type=Path, default=_EXPERIMENT, help="the run to measure (default: %(default)s)")

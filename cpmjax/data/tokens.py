@@ -48,8 +48,9 @@ class Split:
 
 @dataclass(frozen=True)
 class Store:
-    """A tokenised corpus. `summary` is its store.json."""
+    """A tokenised corpus. `summary` is its store.json; `key` stands for its text and its tokenizer."""
 
+    key: str
     train: Split
     held_out: Split
     summary: dict[str, Any]
@@ -188,7 +189,7 @@ def _open(folder: Path, name: str) -> Store | None:
         train, held_out = (_open_split(folder, name, split, summary) for split in _SPLITS)
     except (OSError, ValueError, KeyError):
         return None
-    return Store(train, held_out, summary)
+    return Store(folder.name, train, held_out, summary)
 
 
 def _open_split(folder: Path, name: str, split: str, summary: dict[str, Any]) -> Split:

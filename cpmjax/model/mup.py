@@ -1,28 +1,33 @@
-"""muP, explicit: what each role of parameter gets, as powers of m = width / dim_model_base.
+"""muP, explicit: what each role of parameter gets, as powers of m = width / dim_model_base, n = layers / layers_base.
 
-A parametrisation is a frozen table; initial scale, learning rate and the forward multipliers are read from it, so
-another parametrisation, or a planted fault, is another table. Sources: MiniCPM paper, Table 7, and the training code
-of the same family (thunlp/BlockFFN), which refines it: matrices get init_std / sqrt(m) and lr / m, while embedding,
-head and norms keep init_std and the full rate; logits are divided by m.
+A parametrisation is a frozen table; initial scale, learning rate, Adam's epsilon and the forward multipliers are read
+from it, so another parametrisation, or a planted fault, is another table. Sources: MiniCPM paper, Table 7, and the
+training code of the same family (thunlp/BlockFFN), which refines it: matrices get init_std / sqrt(m) and lr / m, while
+embedding, head and norms keep init_std and the full rate; logits are divided by m.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 
 from cpmjax.model.parameters import ParamSpec, Role, Tree, path_name, specs
 from cpmjax.run.config import ModelConfig, OptimizerConfig
+from cpmjax.run.table import aligned
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What one role gets."""
+    """What one role gets. Powers of n hold for the tensors of a layer, not for those outside of the layers."""
 
     init: float = 0.0  # initial std = init_std * m ** init
-    rate: float = 0.0  # learning rate = rate of the schedule * m ** rate
+    rate: float = 0.0  # learning rate = rate of the schedule * m ** rate * n ** rate_depth
+    rate_depth: float = 0.0
+    epsilon: float = 0.0  # Adam's epsilon = epsilon * m ** epsilon * n ** epsilon_depth
+    epsilon_depth: float = 0.0
     constant: float | None = None  # if set, every entry starts as this instead of random
 
 
@@ -33,75 +38,114 @@ class Parametrisation:
     matrix: Rule
     norm: Rule
     logits: float  # the last hidden state is multiplied by m ** logits before the head
+    residual: float = 0.0  # each branch is multiplied by scale_depth / sqrt(layers) * n ** residual
+    heads: float = 1.0  # a model made m times wider has m ** heads times the heads: at 1 they keep their width
 
     def rule(self, role: Role) -> Rule:
         return getattr(self, role)
 
 
+_ONES, _MATRIX = Rule(constant=1.0), Rule(init=-0.5, rate=-1.0)
+
 PARAMETRISATIONS = {
-    "minicpm": Parametrisation(
-        embedding=Rule(), head=Rule(), matrix=Rule(init=-0.5, rate=-1.0), norm=Rule(constant=1.0), logits=-1.0
-    ),
+    "minicpm": Parametrisation(embedding=Rule(), head=Rule(), matrix=_MATRIX, norm=_ONES, logits=-1.0),
     # Table 7 read to the letter: "each two-dimensional tensor" is scaled, embedding and head too, and "other
     # parameters" start at 0.1. Kept for comparison: its embedding learns m times too slowly.
     "minicpm_table7": Parametrisation(
-        embedding=Rule(init=-0.5, rate=-1.0),
-        head=Rule(init=-0.5, rate=-1.0),
-        matrix=Rule(init=-0.5, rate=-1.0),
-        norm=Rule(constant=0.1),
+        embedding=_MATRIX, head=_MATRIX, matrix=_MATRIX, norm=Rule(constant=0.1), logits=-1.0
+    ),
+    "standard": Parametrisation(embedding=Rule(), head=Rule(), matrix=Rule(), norm=_ONES, logits=0.0),
+    # The two depth rules for Adam as Dey et al. (CompleteP, 2505.01618) give them: branches * n ** -a, the rates of a
+    # layer * n ** (a - 1), epsilon * n ** -a / m. Depth-muP (Yang et al. 2310.02244) is a = 1/2, which has MiniCPM's
+    # branches and lowers the rates; CompleteP is a = 1. Their authors decay as `scaled` does, see `scales`.
+    "depth_mup": Parametrisation(
+        embedding=Rule(),
+        head=Rule(),
+        matrix=Rule(init=-0.5, rate=-1.0, rate_depth=-0.5, epsilon=-1.0, epsilon_depth=-0.5),
+        norm=Rule(constant=1.0, rate_depth=-0.5),
         logits=-1.0,
     ),
-    "standard": Parametrisation(
-        embedding=Rule(), head=Rule(), matrix=Rule(), norm=Rule(constant=1.0), logits=0.0
+    "completep": Parametrisation(
+        embedding=Rule(),
+        head=Rule(),
+        matrix=Rule(init=-0.5, rate=-1.0, epsilon=-1.0, epsilon_depth=-1.0),
+        norm=_ONES,
+        logits=-1.0,
+        residual=-0.5,
     ),
-}  # fmt: skip
+}
+
+
+Number = float | jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LeafScales:
+    """What one parameter gets. One update is p -= rate * learning_rate * adam + decay * weight_decay * p, with both
+    rates from `per_step`, and Adam's epsilon multiplied by `epsilon`."""
+
+    mean: Number  # of the initial entries
+    std: Number
+    rate: Number
+    decay: Number
+    epsilon: Number
+
+
+class Multipliers(NamedTuple):
+    """The forward pass's part of a parametrisation."""
+
+    embedding: Number  # of embeddings
+    residual: Number  # of each branch before it is added
+    logits: Number  # of the last hidden state before the head
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Scales:
+    """A parametrisation in numbers, at one size: Python numbers in a run, arrays in a sweep, where one compiled step
+    serves every parametrisation."""
+
+    leaves: Tree  # a `LeafScales` for each parameter
+    multipliers: Multipliers
 
 
 def parametrisation(config: ModelConfig) -> Parametrisation:
     return PARAMETRISATIONS[config.parametrisation]
 
 
-def logit_scale(config: ModelConfig) -> float:
-    """What the last hidden state is multiplied by: dim_model_base / width for every released MiniCPM."""
-    return config.width_multiplier ** parametrisation(config).logits
+def multipliers(config: ModelConfig, table: Parametrisation | None = None) -> Multipliers:
+    """Of every released MiniCPM: scale_emb, scale_depth / sqrt(layers), dim_model_base / width."""
+    table = table or parametrisation(config)
+    residual = config.scale_depth / math.sqrt(config.layers) * config.depth_multiplier**table.residual
+    return Multipliers(config.scale_emb, residual, config.width_multiplier**table.logits)
 
 
-def residual_scale(config: ModelConfig) -> float:
-    """What each residual branch is multiplied by: scale_depth / sqrt(layers)."""
-    return config.scale_depth / math.sqrt(config.layers)
+def scales(config: ModelConfig, decay_mode: str, table: Parametrisation | None = None) -> Scales:
+    """The numbers of a table (by default that of `config.parametrisation`) for a model of this size.
 
-
-def init_std(config: ModelConfig, spec: ParamSpec) -> float:
-    return config.init_std * config.width_multiplier ** parametrisation(config).rule(spec.role).init
-
-
-def rate_multiplier(config: ModelConfig, spec: ParamSpec) -> float:
-    return config.width_multiplier ** parametrisation(config).rule(spec.role).rate
-
-
-@dataclass(frozen=True)
-class LeafHyperparameters:
-    """One update is p -= rate * learning_rate * adam + decay * weight_decay * p (see `per_step`)."""
-
-    rate: float
-    decay: float
-
-
-def hyperparameters(config: ModelConfig, mode: str) -> Tree:
-    """A `LeafHyperparameters` for each parameter.
-
-    `mode` says how the decay of a tensor class depends on its learning rate (mechanism: Wang & Aitchison 2405.13698):
+    `decay_mode` says how the decay of a tensor class depends on its learning rate (Wang & Aitchison 2405.13698):
     `coupled`      decay = (learning rate of the class) * weight_decay, MiniCPM's: matrices decay 1/m as fast;
     `scaled`       decay = (learning rate of the schedule) * weight_decay, the same for every class and width;
     `independent`  decay = (share of the peak rate) * weight_decay, whatever the peak: weight_decay is then the
                    fraction removed in one step of the stable stage.
     """
+    chosen = table or parametrisation(config)
+    m = config.width_multiplier
 
-    def leaf(spec: ParamSpec) -> LeafHyperparameters:
-        multiplier = rate_multiplier(config, spec)
-        return LeafHyperparameters(rate=multiplier, decay=multiplier if mode == "coupled" else 1.0)
+    def leaf(spec: ParamSpec) -> LeafScales:
+        rule = chosen.rule(spec.role)
+        n = config.depth_multiplier if "layers" in spec.axes else 1.0
+        rate = m**rule.rate * n**rule.rate_depth
+        return LeafScales(
+            mean=0.0 if rule.constant is None else rule.constant,
+            std=config.init_std * m**rule.init if rule.constant is None else 0.0,
+            rate=rate,
+            decay=rate if decay_mode == "coupled" else 1.0,
+            epsilon=m**rule.epsilon * n**rule.epsilon_depth,
+        )
 
-    return jax.tree.map(leaf, specs(config))
+    return Scales(jax.tree.map(leaf, specs(config)), multipliers(config, chosen))
 
 
 def per_step(optimizer: OptimizerConfig, factor: float) -> tuple[float, float]:
@@ -114,19 +158,21 @@ def per_step(optimizer: OptimizerConfig, factor: float) -> tuple[float, float]:
 def describe(config: ModelConfig, optimizer: OptimizerConfig) -> str:
     """The table that a run prints: what each tensor class gets, with numbers, at the peak of the schedule."""
     rate, decay = per_step(optimizer, 1.0)
-    rows = [("tensor", "shape", "role", "init std", "lr multiplier", "peak lr", "decay a step")]
-    leaves = jax.tree.leaves(hyperparameters(config, optimizer.weight_decay_mode))
-    for (path, spec), leaf in zip(jax.tree_util.tree_leaves_with_path(specs(config)), leaves, strict=True):
-        constant = parametrisation(config).rule(spec.role).constant
-        start = f"{init_std(config, spec):.5g}" if constant is None else f"all {constant:g}"
+    numbers = scales(config, optimizer.weight_decay_mode)
+    rows = [("tensor", "shape", "role", "init std", "lr multiplier", "peak lr", "decay a step", "epsilon")]
+
+    def row(path: tuple, spec: ParamSpec, leaf: LeafScales) -> None:
+        start = f"{leaf.std:.5g}" if leaf.std else f"all {leaf.mean:g}"
         shape = " x ".join(map(str, spec.shape))
-        numbers = (f"{leaf.rate:.5g}", f"{leaf.rate * rate:.4g}", f"{leaf.decay * decay:.3g}")
-        rows.append((path_name(path), shape, spec.role, start, *numbers))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        of_adam = (f"{leaf.rate * rate:.4g}", f"{leaf.decay * decay:.3g}", f"{leaf.epsilon * optimizer.epsilon:.3g}")
+        rows.append((path_name(path), shape, spec.role, start, f"{leaf.rate:.5g}", *of_adam))
+
+    jax.tree_util.tree_map_with_path(row, specs(config), numbers.leaves)
+    forward = numbers.multipliers
     heading = (
         f"parametrisation {config.parametrisation}: m = {config.width} / {config.dim_model_base} = "
-        f"{config.width_multiplier:g}; embeddings x {config.scale_emb:g}, branches x {residual_scale(config):.4g}, "
-        f"hidden state before the head x {logit_scale(config):.4g}; weight decay {optimizer.weight_decay_mode}"
+        f"{config.width_multiplier:g}, n = {config.layers} / {config.layers_base} = {config.depth_multiplier:g}; "
+        f"embeddings x {forward.embedding:g}, branches x {forward.residual:.4g}, "
+        f"hidden state before the head x {forward.logits:.4g}; weight decay {optimizer.weight_decay_mode}"
     )
-    return "\n".join([heading, *lines])
+    return f"{heading}\n{aligned(rows)}"

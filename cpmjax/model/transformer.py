@@ -42,6 +42,7 @@ def rms_norm(gain_D: jax.Array, x_BLD: jax.Array, epsilon: float) -> jax.Array:
 class Surroundings(NamedTuple):
     """What a block needs to know beside x: the same for every layer."""
 
+    residual: mup.Number  # multiplies each branch
     rotary: tuple[jax.Array, jax.Array]
     queries: Places
     keys: Places
@@ -52,7 +53,7 @@ def block(
 ) -> tuple[jax.Array, LayerCache | None, Tree]:
     """One layer -> (x, its cache with the new tokens, its tappable values)."""
     batch, length, _ = x_BLD.shape
-    scale = mup.residual_scale(config)
+    scale = jnp.asarray(around.residual, x_BLD.dtype)
 
     h_BLD = rms_norm(leaves["attention_norm"], x_BLD, config.norm_epsilon)
     query_BLHK = linear(leaves["query"], h_BLD).reshape(batch, length, config.heads, config.head)
@@ -92,9 +93,17 @@ class MiniCPM(nnx.Module):
     `model(tokens)` is the whole of it; `embed`, `trunk` and `head` are its parts.
     """
 
-    def __init__(self, config: ModelConfig, parameters: Tree, compute: ComputeConfig = ComputeConfig()):
+    def __init__(
+        self,
+        config: ModelConfig,
+        parameters: Tree,
+        compute: ComputeConfig = ComputeConfig(),
+        multipliers: mup.Multipliers | None = None,
+    ):
+        """`multipliers` replace those of the configuration's own parametrisation; they may be arrays."""
         self.config = config
         self.compute = compute
+        self.multipliers = nnx.data(multipliers or mup.multipliers(config))
         self.parameters = nnx.data(parameters)
 
     def __call__(
@@ -119,7 +128,7 @@ class MiniCPM(nnx.Module):
         """tokens -> [B, L, D] in the compute type, scaled by scale_emb."""
         # A table whose width is split is gathered before the lookup: splitting what was looked up costs far more.
         table_VD = constrain(self.parameters["embedding"].astype(self.compute.dtype), ("vocabulary", None))
-        return constrain(table_VD[tokens_BL] * self.config.scale_emb, ACTIVATION)
+        return constrain(table_VD[tokens_BL] * jnp.asarray(self.multipliers.embedding, table_VD.dtype), ACTIVATION)
 
     def trunk(
         self,
@@ -146,7 +155,7 @@ class MiniCPM(nnx.Module):
             all_slots = jnp.arange(cache.segments.shape[1], dtype=jnp.int32)
             queries = Places(segments_BL, slots_BL)
             keys = Places(cache.segments, jnp.broadcast_to(all_slots, cache.segments.shape))
-        around = Surroundings(rotary.tables(config, positions_BL), queries, keys)
+        around = Surroundings(self.multipliers.residual, rotary.tables(config, positions_BL), queries, keys)
 
         def layer(x_BLD: jax.Array, scanned: tuple[Tree, LayerCache | None]) -> tuple[jax.Array, Any]:
             leaves, layer_cache = scanned
@@ -168,7 +177,7 @@ class MiniCPM(nnx.Module):
     def head(self, h_BLD: jax.Array) -> jax.Array:
         """Hidden states of any leading shape -> float32 logits [..., V]."""
         weight_DV = self.parameters["embedding"].T if self.config.tied else self.parameters["head"]
-        return linear(weight_DV, h_BLD * mup.logit_scale(self.config)).astype(jnp.float32)
+        return linear(weight_DV, h_BLD * jnp.asarray(self.multipliers.logits, h_BLD.dtype)).astype(jnp.float32)
 
 
 @partial(jax.jit, static_argnames="taps")

@@ -9,6 +9,7 @@ dataclasses as it is laid on, so an error can name where the value came from; dr
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import errno
@@ -137,6 +138,16 @@ def _merge(base: Tree, new: Tree) -> Tree:
 def _given(tree: Tree, section: str, key: str) -> Any:
     keys = tree.get(section)
     return keys.get(key) if isinstance(keys, dict) else None
+
+
+class Parser(argparse.ArgumentParser):
+    """The flags of a job that takes some beside the keys of an experiment; a bad one is a UserError."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{_COMMAND_LINE}: {message}; expected as in: {' '.join(self.format_usage().split())}")
 
 
 # Checks of a tree against the dataclasses.

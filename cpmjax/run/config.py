@@ -67,8 +67,9 @@ class ModelConfig:
     scale_emb: float = 12.0  # embeddings are multiplied by it
     scale_depth: float = 1.4  # every residual branch is multiplied by scale_depth / sqrt(layers)
     dim_model_base: int = 256  # muP base width: m = width / dim_model_base
+    layers_base: int = 8  # base depth of the depth rules: n = layers / layers_base; MiniCPM's constants were found at 8
     init_std: float = 0.1  # initial scale at the base width
-    parametrisation: Literal["minicpm", "minicpm_table7", "standard"] = "minicpm"
+    parametrisation: Literal["minicpm", "minicpm_table7", "standard", "depth_mup", "completep"] = "minicpm"
 
     @property
     def kv(self) -> int:
@@ -83,8 +84,22 @@ class ModelConfig:
         """m of muP: how many times wider than the base model."""
         return self.width / self.dim_model_base
 
+    @property
+    def depth_multiplier(self) -> float:
+        """n of the depth rules: how many times deeper than the base model."""
+        return self.layers / self.layers_base
+
     def problems(self) -> Iterator[tuple[str, str]]:
-        for key in ("vocabulary", "width", "layers", "heads", "feed_forward", "context", "dim_model_base"):
+        for key in (
+            "vocabulary",
+            "width",
+            "layers",
+            "heads",
+            "feed_forward",
+            "context",
+            "dim_model_base",
+            "layers_base",
+        ):
             if getattr(self, key) < 1:
                 yield key, "a positive whole number"
         for key in ("norm_epsilon", "rope_theta", "scale_emb", "scale_depth", "init_std"):

@@ -49,6 +49,21 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
         os.replace(partial, path)
 
 
+@contextlib.contextmanager
+def only_writer(folder: Path, what: str) -> Iterator[None]:
+    """Makes the folder if need be, and keeps every other process from writing it; a killed process holds nothing.
+
+    Raises UserError, which calls the folder a `what`, if another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{folder}: another process is writing this {what}; expected to be alone") from error
+        yield
+
+
 class Lines:
     """An append-only .jsonl file: one record a line.
 
@@ -150,12 +165,7 @@ class RunDirectory:
         Raises UserError if another process holds it, or as `refuse_foreign`. A killed process holds nothing.
         """
         self.refuse_foreign()
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / ".lock", "ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"{self.path}: another process is writing this run; expected to be alone") from error
+        with only_writer(self.path, "run"):
             yield
 
     def create(self, config: Config, provenance: dict[str, Any]) -> None:
@@ -168,8 +178,8 @@ class RunDirectory:
             raise UserError(f"{self.path} holds a run already; expected a new directory")
         self.path.mkdir(parents=True, exist_ok=True)
         circumstances = {
-            "created": _now(),
-            "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+            "created": now(),
+            "versions": versions(),
             "command": shlex.join(sys.orig_argv),
             "seed": config.run.seed,
         }
@@ -196,7 +206,7 @@ class RunDirectory:
             change = {key: list(values) for key, values in changed.items()}
             # The same change twice in a row is one whose config.yaml a kill prevented.
             if [entry["keys"] for entry in provenance.get("changes", [])][-1:] != [change]:
-                provenance["changes"] = [*provenance.get("changes", []), {"time": _now(), "keys": change}]
+                provenance["changes"] = [*provenance.get("changes", []), {"time": now(), "keys": change}]
                 self._write_provenance(provenance)
             write_atomically(self.config_file, dump(config))
         return changed
@@ -221,8 +231,14 @@ def _text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _now() -> str:
+def now() -> str:
+    """The time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and of the packages that a result depends on."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
 
 
 def _version(package: str) -> str | None:

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 
 from cpmjax.data.batches import Rows, held_out_batches
 from cpmjax.data.tokenizer import Tokenizer
+from cpmjax.model.mup import Multipliers
 from cpmjax.model.parameters import Tree
 from cpmjax.run.config import Config
 from cpmjax.training.step import make_evaluation
@@ -30,12 +31,15 @@ class HeldOut:
             name: [place(batch) for batch in held_out_batches(corpus, limit, size)] for name, corpus in rows.items()
         }
 
-    def __call__(self, parameters: Tree) -> dict[str, float]:
+    def __call__(self, parameters: Tree, multipliers: Multipliers | None = None) -> dict[str, float]:
         """`heldout/CORPUS` in nats per token and `bits_per_byte/CORPUS` for each corpus; `heldout_loss` and
-        `heldout_bits_per_byte` are their means by the weights of the stable mixture, in every stage."""
+        `heldout_bits_per_byte` are their means by the weights of the stable mixture, in every stage.
+
+        `multipliers` replace those of the model's own parametrisation.
+        """
         record: dict[str, float] = {}
         for name, batches in self._batches.items():
-            sums = [self._evaluate(parameters, batch, self._byte_lengths) for batch in batches]
+            sums = [self._evaluate(parameters, batch, self._byte_lengths, multipliers) for batch in batches]
             nats, tokens, size = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
             record[f"heldout/{name}"] = float(nats / tokens)
             record[f"bits_per_byte/{name}"] = float(nats / np.log(2) / size)

@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cpmjax.model.initialise import initialise
+from cpmjax.model.mup import Scales
 from cpmjax.model.parameters import Tree, path_name, specs
 from cpmjax.parallel.sharding import named_sharding
 from cpmjax.run.config import ModelConfig
@@ -33,7 +34,7 @@ def parameter_shardings(config: ModelConfig, mesh: Mesh) -> Tree:
 
 def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The state as `jax.ShapeDtypeStruct`s with their shardings; moments live where their parameters do."""
-    shapes = jax.eval_shape(lambda: _initial_state(config, optimizer, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: initial_state(config, optimizer, jax.random.key(0)))
     trainable = parameter_shardings(config, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
     shardings: Any = TrainState(
@@ -55,10 +56,13 @@ def create_state(
 ) -> TrainState:
     """Parameters drawn from the seed and fresh moments; each device makes its own part."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    make: Any = jax.jit(lambda key: _initial_state(config, optimizer, key), out_shardings=shardings)
+    make: Any = jax.jit(lambda key: initial_state(config, optimizer, key), out_shardings=shardings)
     return make(jax.random.key(seed))
 
 
-def _initial_state(config: ModelConfig, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    trainable = initialise(config, key)
+def initial_state(
+    config: ModelConfig, optimizer: optax.GradientTransformation, key: jax.Array, given: Scales | None = None
+) -> TrainState:
+    """Pure; `given` replaces the scales of the model's own parametrisation."""
+    trainable = initialise(config, key, given)
     return TrainState(trainable, optimizer.init(trainable), jnp.zeros((), jnp.int32))

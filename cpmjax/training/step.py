@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
 from cpmjax.model.loss import TokenLosses, token_losses
+from cpmjax.model.mup import Multipliers
 from cpmjax.model.parameters import Tree
 from cpmjax.model.transformer import MiniCPM
 from cpmjax.run.config import ComputeConfig, Config, ModelConfig
@@ -43,17 +44,24 @@ class Rates(NamedTuple):
     weight_decay: ArrayLike
 
 
-def _losses(config: ModelConfig, compute: ComputeConfig, parameters: Tree, batch: Batch) -> TokenLosses:
-    model = MiniCPM(config, parameters, compute)
+def _losses(
+    config: ModelConfig, compute: ComputeConfig, parameters: Tree, batch: Batch, multipliers: Multipliers | None
+) -> TokenLosses:
+    model = MiniCPM(config, parameters, compute, multipliers)
     hidden_BLD, _, _ = model.trunk(model.embed(batch["tokens"]), batch["positions"], batch["segments"])
     return token_losses(model, hidden_BLD, batch["targets"])
 
 
-def next_token_loss(config: ModelConfig, compute: ComputeConfig, z_loss: float) -> LossFunction:
-    """Cross entropy, plus z_loss * logsumexp(logits)^2 in what is minimised (PaLM, section 5)."""
+def next_token_loss(
+    config: ModelConfig, compute: ComputeConfig, z_loss: float, multipliers: Multipliers | None = None
+) -> LossFunction:
+    """Cross entropy, plus z_loss * logsumexp(logits)^2 in what is minimised (PaLM, section 5).
+
+    `multipliers` replace those of the model's own parametrisation.
+    """
 
     def loss(parameters: Tree, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        losses, weights = _losses(config, compute, parameters, batch), batch["weights"]
+        losses, weights = _losses(config, compute, parameters, batch, multipliers), batch["weights"]
         minimised = losses.loss + z_loss * losses.logsumexp**2 if z_loss else losses.loss
         sums = {"loss": losses.loss, "logit_rms": losses.logit_rms}
         return jnp.sum(weights * minimised), {name: jnp.sum(weights * value) for name, value in sums.items()}
@@ -122,12 +130,17 @@ class HeldOutSums(NamedTuple):
     bytes: jax.Array  # of text, as UTF-8, that the targets stand for
 
 
-def make_evaluation(config: ModelConfig, compute: ComputeConfig) -> Callable[[Tree, Batch, jax.Array], HeldOutSums]:
-    """(parameters, batch, bytes of each token [V]) -> sums from which nats per token and bits per byte follow."""
+def make_evaluation(config: ModelConfig, compute: ComputeConfig) -> Callable[..., HeldOutSums]:
+    """(parameters, batch, bytes of each token [V]) -> sums from which nats per token and bits per byte follow.
 
-    def evaluate(parameters: Tree, batch: Batch, byte_lengths_V: jax.Array) -> HeldOutSums:
+    A fourth argument replaces the multipliers of the model's own parametrisation.
+    """
+
+    def evaluate(
+        parameters: Tree, batch: Batch, byte_lengths_V: jax.Array, multipliers: Multipliers | None = None
+    ) -> HeldOutSums:
         weights = batch["weights"]
-        nats = jnp.sum(weights * _losses(config, compute, parameters, batch).loss)
+        nats = jnp.sum(weights * _losses(config, compute, parameters, batch, multipliers).loss)
         return HeldOutSums(nats, jnp.sum(weights), jnp.sum(weights * byte_lengths_V[batch["targets"]]))
 
     return evaluate

@@ -11,7 +11,7 @@ import pytest
 
 from cpmjax.model import mup
 from cpmjax.model.initialise import initialise
-from cpmjax.model.parameters import flat, specs
+from cpmjax.model.parameters import flat, path_name, specs
 from cpmjax.model.presets import PRESETS
 from cpmjax.run.config import ComputeConfig, ModelConfig, OptimizerConfig
 from cpmjax.training.optimizer import make_optimizer
@@ -19,40 +19,72 @@ from cpmjax.training.state import TrainState
 from cpmjax.training.step import Rates, make_step, next_token_loss
 
 TWO_B = ModelConfig(**PRESETS["minicpm-2b"])
+MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
 SMALL = ModelConfig(vocabulary=50, width=16, layers=2, heads=2, feed_forward=40, dim_model_base=16)
 
 
 def leaves(config, mode="coupled"):
-    return flat(specs(config)), flat(mup.hyperparameters(config, mode))
+    """{parameter: its scales}"""
+    found = {}
+    tree = mup.scales(config, mode).leaves
+    jax.tree_util.tree_map_with_path(lambda path, _, leaf: found.update({path_name(path): leaf}), specs(config), tree)
+    return found
 
 
 @pytest.mark.smoke
 def test_minicpm_2b_numbers():
     """m = 9: matrices start at 0.1 / 3 and learn at 0.01 / 9; embedding and norms keep the full rate; logits / 9."""
-    spec, hyper = leaves(TWO_B)
-    assert mup.init_std(TWO_B, spec["layers/gate"]) == pytest.approx(0.1 / 3)
-    assert hyper["layers/gate"].rate * 0.01 == pytest.approx(0.0011111, abs=1e-7)
-    assert mup.init_std(TWO_B, spec["embedding"]) == 0.1
-    assert hyper["embedding"].rate == hyper["final_norm"].rate == 1.0
-    assert mup.logit_scale(TWO_B) == pytest.approx(1 / 9)
-    assert mup.residual_scale(TWO_B) == pytest.approx(0.221359, abs=1e-6)
+    scales = leaves(TWO_B)
+    assert scales["layers/gate"].std == pytest.approx(0.1 / 3)
+    assert scales["layers/gate"].rate * 0.01 == pytest.approx(0.0011111, abs=1e-7)
+    assert scales["embedding"].std == 0.1
+    assert scales["embedding"].rate == scales["final_norm"].rate == 1.0
+    assert {leaf.epsilon for leaf in scales.values()} == {1.0}
+    embedding, residual, logits = mup.multipliers(TWO_B)
+    assert embedding == 12
+    assert residual == pytest.approx(0.221359, abs=1e-6)
+    assert logits == pytest.approx(1 / 9)
 
 
 def test_table7_scales_embedding_and_norms_as_printed():
     config = replace(TWO_B, parametrisation="minicpm_table7", tied=False)
-    spec, hyper = leaves(config)
+    scales = leaves(config)
     for name in ("embedding", "head", "layers/query"):
-        assert hyper[name].rate == pytest.approx(1 / 9)
-        assert mup.init_std(config, spec[name]) == pytest.approx(0.1 / 3)
+        assert scales[name].rate == pytest.approx(1 / 9)
+        assert scales[name].std == pytest.approx(0.1 / 3)
     assert float(initialise(replace(SMALL, parametrisation="minicpm_table7"), jax.random.key(0))["final_norm"][0]) == (
         pytest.approx(0.1)
     )
 
 
+def test_the_depth_rules_are_minicpm_at_the_base_depth():
+    at_base = replace(TWO_B, layers=8)
+    for name in ("depth_mup", "completep"):
+        config = replace(at_base, parametrisation=name)
+        assert mup.multipliers(config) == mup.multipliers(at_base)
+        for path, leaf in leaves(config).items():
+            epsilon = 1 / 9 if path.split("/")[-1] in MATRICES else 1.0
+            assert leaf == replace(leaves(at_base)[path], epsilon=pytest.approx(epsilon)), path
+
+
+# At four times the base depth, from the formulas of 2505.01618: branches * n ** -a against the base's, rates of a layer
+# * n ** (a - 1), epsilon of a matrix * n ** -a / m.
+@pytest.mark.parametrize("name, a", [("depth_mup", 0.5), ("completep", 1.0)])
+def test_the_depth_rules_follow_their_exponent(name, a):
+    base = replace(TWO_B, layers=8, parametrisation=name)
+    deep = replace(base, layers=32)
+    assert mup.multipliers(deep).residual == pytest.approx(mup.multipliers(base).residual * 4**-a)
+    for path, leaf in leaves(deep).items():
+        before = leaves(base)[path]
+        of_layer = path.startswith("layers/")
+        assert leaf.rate == pytest.approx(before.rate * (4 ** (a - 1) if of_layer else 1)), path
+        assert leaf.epsilon == pytest.approx(before.epsilon * (4**-a if path.split("/")[-1] in MATRICES else 1)), path
+        assert (leaf.mean, leaf.std) == (before.mean, before.std)
+
+
 def test_weight_decay_modes():
     """Decay a step at rate 0.01 and weight decay 0.1: coupled follows the class's rate, the others do not."""
-    _, coupled = leaves(TWO_B, "coupled")
-    _, scaled = leaves(TWO_B, "scaled")
+    coupled, scaled = leaves(TWO_B, "coupled"), leaves(TWO_B, "scaled")
     assert mup.per_step(OptimizerConfig(), 1.0) == (0.01, pytest.approx(1e-3))
     assert coupled["layers/up"].decay == pytest.approx(1 / 9) and coupled["embedding"].decay == 1.0
     assert scaled["layers/up"].decay == scaled["embedding"].decay == 1.0

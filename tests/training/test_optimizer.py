@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,9 +31,9 @@ def gradients(step: int) -> dict[str, np.ndarray]:
     return {name: size * 10 ** random.uniform(-2, 0) * random.normal(size=shape) for name, shape in shapes.items()}
 
 
-def adamw(parameters: dict[str, np.ndarray], mode: str) -> dict[str, np.ndarray]:
+def adamw(parameters: dict[str, np.ndarray], mode: str, epsilons: dict[str, float]) -> dict[str, np.ndarray]:
     """Kingma & Ba (algorithm 1) with decoupled decay (Loshchilov & Hutter), after one global clip."""
-    beta1, beta2, epsilon = 0.9, 0.95, 1e-8
+    beta1, beta2 = 0.9, 0.95
     first = {name: np.zeros_like(values) for name, values in parameters.items()}
     second = {name: np.zeros_like(values) for name, values in parameters.items()}
     clipped = []
@@ -43,7 +45,7 @@ def adamw(parameters: dict[str, np.ndarray], mode: str) -> dict[str, np.ndarray]
             grad = grad * min(1.0, CLIP / norm)
             first[name] = beta1 * first[name] + (1 - beta1) * grad
             second[name] = beta2 * second[name] + (1 - beta2) * grad**2
-            direction = (first[name] / (1 - beta1**step)) / (np.sqrt(second[name] / (1 - beta2**step)) + epsilon)
+            direction = (first[name] / (1 - beta1**step)) / (np.sqrt(second[name] / (1 - beta2**step)) + epsilons[name])
             rate = PEAK * factor * (1 / WIDER if name in MATRICES else 1)
             shrink = {"coupled": rate * DECAY, "scaled": PEAK * factor * DECAY, "independent": factor * DECAY}[mode]
             parameters[name] = parameters[name] - rate * direction - shrink * parameters[name]
@@ -54,10 +56,22 @@ def adamw(parameters: dict[str, np.ndarray], mode: str) -> dict[str, np.ndarray]
 @pytest.mark.smoke
 @pytest.mark.parametrize("mode", ["coupled", "scaled", "independent"])
 def test_five_updates_are_those_of_adamw_in_float64(mode):
-    config = OptimizerConfig(learning_rate=PEAK, weight_decay=DECAY, weight_decay_mode=mode, clip=CLIP)
-    optimizer = make_optimizer(MODEL, config)
-    parameters = jax.jit(initialise, static_argnums=0)(MODEL, jax.random.key(1))
-    expected = adamw({name: np.asarray(x, np.float64) for name, x in flat(parameters).items()}, mode)
+    check_five_updates(MODEL, OptimizerConfig(weight_decay_mode=mode), dict.fromkeys(flat(specs(MODEL)), 1e-8))
+
+
+def test_the_epsilon_of_a_class_is_part_of_its_updates():
+    """CompleteP at its base depth: matrices have epsilon / m. Epsilon is large, so that it matters."""
+    model = replace(MODEL, parametrisation="completep", layers_base=MODEL.layers)
+    epsilons = {name: 0.02 / (WIDER if name in MATRICES else 1) for name in flat(specs(model))}
+    check_five_updates(model, OptimizerConfig(epsilon=0.02), epsilons)
+
+
+def check_five_updates(model: ModelConfig, config: OptimizerConfig, epsilons: dict[str, float]) -> None:
+    config = replace(config, learning_rate=PEAK, weight_decay=DECAY, clip=CLIP)
+    optimizer = make_optimizer(model, config)
+    parameters = jax.jit(initialise, static_argnums=0)(model, jax.random.key(1))
+    start = {name: np.asarray(x, np.float64) for name, x in flat(parameters).items()}
+    expected = adamw(start, config.weight_decay_mode, epsilons)
     state, structure = optimizer.init(parameters), jax.tree.structure(parameters)
     update = jax.jit(optimizer.update)
     for step, factor in enumerate(FACTORS, 1):

@@ -1,0 +1,244 @@
+"""Wind-tunnel studies: decide at small scale what will hold at large scale.
+
+usage: python -m cpmjax.study STUDY [EXPERIMENT.yaml] [--flag=value ...] [--section.key=value ...]
+
+A study trains many small models that differ in a few things only. Its trials, a table of them and its figures go to
+runs/STUDY, or to --run.directory; the same command goes on after a kill, and does nothing twice. The exit code is 0 if
+all that the study asks holds, 1 if not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cpmjax.model.presets import PRESETS
+from cpmjax.parallel.machine import machine
+from cpmjax.run import cli
+from cpmjax.run.config import Config, fingerprint
+from cpmjax.run.directory import now, versions, write_atomically
+from cpmjax.run.errors import UserError
+from cpmjax.run.table import Row, write_csv
+from cpmjax.tunnel import coordinate_check, figures, transfer
+from cpmjax.tunnel.faults import FAULTS
+from cpmjax.tunnel.sizes import make_axis
+from cpmjax.tunnel.trials import Trial, Trials
+from cpmjax.tunnel.verdicts import Verdict, describe
+from cpmjax.tunnel.workbench import Workbench
+
+_EXPERIMENT = Path(__file__).parents[1] / "experiments" / "tunnel" / "family.yaml"
+
+
+def main(argv: list[str]) -> int:
+    arguments, config = parse(argv)
+    return arguments.study(arguments, config)
+
+
+def study_coordinate_check(arguments: argparse.Namespace, config: Config) -> int:
+    """Does any activation grow or shrink with the size of the model?"""
+    axes = [make_axis("width", arguments.widths, "--widths"), make_axis("layers", arguments.layers, "--layers")]
+    controls = [name for name in FAULTS if arguments.controls and name not in arguments.parametrisations]
+    names = [*arguments.parametrisations, *controls]
+    trials = run(config, coordinate_check.make_trials(config, axes, names, arguments.seeds), coordinate_check.measure)
+    rows, directory = trials.rows(), trials.directory
+    slopes = coordinate_check.slopes(rows)
+    write_csv(directory / "slopes.csv", map(asdict, slopes))
+    for name in names:
+        for axis in axes:
+            if any((slope.parametrisation, slope.axis) == (name, axis.name) for slope in slopes):
+                print(coordinate_check.describe(slopes, name, axis.name), end="\n\n")
+    for axis in axes:
+        figures.draw_coordinates(directory / f"{axis.name}.png", rows, slopes, axis.name)
+    found = [each for name in arguments.parametrisations for each in coordinate_check.verdicts(slopes, name)]
+    found += [coordinate_check.control_verdict(slopes, name) for name in controls]
+    return conclude("coordinate-check", config, directory, arguments, found, rows)
+
+
+def study_transfer(arguments: argparse.Namespace, config: Config) -> int:
+    """Does the best learning rate of a small model stay the best one as the model grows?"""
+    axes = [
+        make_axis(name, values, flag)
+        for name, values, flag in (
+            ("width", arguments.widths, "--widths"),
+            ("layers", arguments.layers, "--layers"),
+            ("preset", arguments.sizes, "--sizes"),
+        )
+        if values
+    ]
+    if not axes:
+        raise UserError("--widths, --layers, --sizes: expected at least one list of sizes")
+    trials = run(
+        config,
+        transfer.make_trials(
+            config, axes, arguments.parametrisations, arguments.weight_decay_modes, arguments.rates, arguments.seeds
+        ),
+        transfer.measure,
+    )
+    rows, directory = trials.rows(), trials.directory
+    families = transfer.families(rows)
+    for family in families:
+        print(transfer.describe(family), end="\n\n")
+    figures.draw_transfer(directory / "transfer.png", families)
+    found = [verdict for family in families for verdict in transfer.verdicts(family)]
+    return conclude("transfer", config, directory, arguments, found, rows)
+
+
+# What every study does.
+
+
+def run(config: Config, planned: Sequence[Trial], measure: Callable[[Workbench, Trial], list[Row]]) -> Trials:
+    """Runs what is planned and not done yet. Raises UserError if every trial failed: then it is not the trials."""
+    with Workbench(config, _say) as workbench:
+        trials = Trials(config.run.directory, planned, f"{measure.__module__} {workbench.recipe}")
+        with trials.lock():
+            trials.run(lambda trial: measure(workbench, trial))
+    rows = trials.rows()
+    failed = [row for row in rows if row["status"] == "failed"]
+    if len(failed) == len(rows):
+        raise UserError(f"{trials.table_file}: every trial failed; the first one said: {failed[0]['message']}")
+    return trials
+
+
+def conclude(
+    study: str,
+    config: Config,
+    directory: Path,
+    arguments: argparse.Namespace,
+    found: Sequence[Verdict],
+    rows: Sequence[Row],
+) -> int:
+    """Writes study.json, says where everything is and, in the last line, what was found: 0 if all holds, else 1."""
+    asked = {key: value for key, value in vars(arguments).items() if key != "study"}
+    report: dict[str, Any] = {
+        "study": study,
+        "date": now(),
+        "machine": machine(),
+        "versions": versions(),
+        "fingerprint": fingerprint(config),
+        "arguments": asked,
+        "verdicts": [asdict(verdict) for verdict in found],
+    }
+    write_atomically(directory / "study.json", json.dumps(report, indent=2) + "\n")
+    for status in ("diverged", "failed"):
+        of_status = [row for row in rows if row["status"] == status]
+        if of_status:
+            trials = {tuple(sorted((key, str(row.get(key))) for key in row if key in _LABELS)) for row in of_status}
+            print(f"{len(trials)} trials {status}; the first one: {of_status[0]['message']}")
+    print(f"table {directory / 'trials.csv'}, figures {directory}/*.png, verdicts {directory / 'study.json'}\n")
+    print(describe(found))
+    return 0 if all(verdict.passed for verdict in found) else 1
+
+
+_LABELS = ("parametrisation", "weight_decay", "axis", "width", "layers", "preset", "learning_rate", "seed")
+
+
+# The command line.
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
+    """The flags of the study, and the experiment with the keys that were set. Raises UserError, one line."""
+    parser = cli.Parser(
+        prog="python -m cpmjax.study",
+        description=(__doc__ or "").partition("usage:")[0],
+        epilog="Keys of the experiment (--section.key=value) are those of python -m cpmjax.train --help.",
+    )
+    studies = parser.add_subparsers(title="studies", metavar="STUDY", required=True, dest="name")
+    _add_coordinate_check(studies)
+    _add_transfer(studies)
+    arguments, rest = parser.parse_known_args(argv)
+    for argument in rest:
+        if argument.startswith("-") and "." not in argument.partition("=")[0]:
+            flags = ", ".join(f"--{key.replace('_', '-')}" for key in vars(arguments) if key not in ("study", "name"))
+            raise UserError(f"command line: unknown flag {argument}; expected one of {flags}, or --section.key=value")
+    del arguments.name
+    if not any(argument.endswith((".yaml", ".yml")) for argument in rest):
+        rest = [str(_EXPERIMENT), *rest]
+    return arguments, cli.load([f"--run.directory=runs/{argv[0]}", *rest], PRESETS, __doc__ or "")
+
+
+def _add_coordinate_check(studies: Any) -> None:
+    parser = studies.add_parser(
+        "coordinate-check", help="does any activation grow or shrink with the size of the model?"
+    )
+    parser.add_argument("--widths", type=_whole_numbers, default=[64, 128, 256, 512], help="(default: 64,128,256,512)")
+    parser.add_argument("--layers", type=_whole_numbers, default=[2, 4, 8, 16], help="(default: 2,4,8,16)")
+    parser.add_argument("--controls", action="store_true", help="plant faults as well: each must be caught")
+    _add_common(parser, ["minicpm"])
+    parser.set_defaults(study=study_coordinate_check)
+
+
+def _add_transfer(studies: Any) -> None:
+    parser = studies.add_parser("transfer", help="does the best learning rate stay the best one as the model grows?")
+    parser.add_argument("--widths", type=_whole_numbers, default=[32, 64, 128, 256], help="(default: 32,64,128,256)")
+    parser.add_argument(
+        "--layers", type=_whole_numbers, default=[], help="numbers of layers, at the experiment's width"
+    )
+    parser.add_argument("--sizes", type=_names, default=[], help="presets, as in tunnel-9m,tunnel-30m")
+    parser.add_argument("--rates", type=_rates, default=_RATES, help=f"(default: {','.join(map(str, _RATES))})")
+    parser.add_argument(
+        "--weight-decay-modes", type=_decay_modes, default=["coupled"], help="coupled,scaled,independent"
+    )
+    _add_common(parser, ["minicpm", "standard"])
+    parser.set_defaults(study=study_transfer)
+
+
+_RATES = [0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08]
+
+
+def _add_common(parser: argparse.ArgumentParser, names: list[str]) -> None:
+    parser.add_argument("--seeds", type=_positive, default=3, help="trials of each kind (default: 3)")
+    parser.add_argument(
+        "--parametrisations",
+        type=_names,
+        default=names,
+        help=f"names from cpmjax.model.mup, or planted faults: {', '.join(FAULTS)} (default: {','.join(names)})",
+    )
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _whole_numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in _names(text)]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected whole numbers with commas between them, got {text!r}") from error
+
+
+def _positive(text: str) -> int:
+    (number,) = _whole_numbers(text) or (0,)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
+    return number
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        rates = [float(rate) for rate in _names(text)]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected numbers with commas between them, got {text!r}") from error
+    if len(rates) < 3 or len(set(rates)) < len(rates) or not all(0 < rate < float("inf") for rate in rates):
+        raise argparse.ArgumentTypeError(f"expected at least three different rates, all positive, got {text!r}")
+    return sorted(rates)
+
+
+def _decay_modes(text: str) -> list[str]:
+    modes = _names(text)
+    for mode in modes:
+        if mode not in ("coupled", "scaled", "independent"):
+            raise argparse.ArgumentTypeError(f"expected some of coupled, scaled, independent, got {mode!r}")
+    return modes
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    cli.main(main)

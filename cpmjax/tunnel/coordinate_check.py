@@ -1,0 +1,269 @@
+"""The coordinate check: does any activation, or its change in training, grow or shrink with the size of the model?
+
+Under muP every entry of every activation, and its change in a step, has a size that does not depend on the width
+(Yang & Hu 2011.14522; Yang et al. 2203.03466, appendix D.1). A few training steps at several widths show it: mean |h|
+and mean |h - h_0| on held-out rows, h_0 from before the first step, and their slopes in log2 over log2 of the width.
+Branches are looked at before they are added, because the norms hide what happens behind them; the embedding and the
+logits, because branches do not see those. The spectral form says the same of the weights (Yang, Simon & Bernstein
+2310.17813): the operator norm of a change, in units of sqrt(fan out / fan in), does not depend on the width.
+
+N layers, B rows, L queries, S keys, H heads, G key-value heads, R heads per key-value head, K head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cpmjax.data.batches import held_out_batches
+from cpmjax.model.mup import Multipliers
+from cpmjax.model.parameters import Tree, flat, specs
+from cpmjax.model.transformer import MiniCPM
+from cpmjax.run.config import ComputeConfig, Config, ModelConfig
+from cpmjax.run.errors import UserError
+from cpmjax.run.schedule import Constant
+from cpmjax.run.table import Row, aligned
+from cpmjax.training.step import Batch
+from cpmjax.tunnel.faults import FAULTS, table_of
+from cpmjax.tunnel.sizes import Axis
+from cpmjax.tunnel.trials import Trial
+from cpmjax.tunnel.verdicts import Verdict
+from cpmjax.tunnel.workbench import Moment, Workbench
+
+STEPS = (0, 1, 3, 10)  # moments looked at
+JUDGED = (3, 10)  # before that, logits pass through a transient of their initial values under a correct muP
+BAR = 0.20  # the most that |slope| of a coordinate may be
+SPECTRAL_BAR = 1 / 3  # of an operator norm: within a factor of 2 over 8 times the width
+_PROBED_ROWS = 4
+_POWER_ITERATIONS = 100
+
+
+def make_trials(config: Config, axes: Sequence[Axis], names: Sequence[str], seeds: int) -> list[Trial]:
+    """Ten steps at the peak rate for each parametrisation, size and seed."""
+    trials = []
+    for name in names:
+        for axis in axes:
+            if axis.name == "layers" and name in FAULTS:
+                continue  # the faults are in the width
+            for value in axis.values:
+                model = axis.model(config.model, value, name)
+                for seed in range(seeds):
+                    labels = {"parametrisation": name, "axis": axis.name, axis.name: value, "seed": seed}
+                    schedule = Constant(warmup=0, length=STEPS[-1])
+                    experiment = replace(config, run=replace(config.run, seed=seed), model=model, schedule=schedule)
+                    trials.append(Trial(labels, experiment, table_of(name)))
+    return trials
+
+
+def measure(workbench: Workbench, trial: Trial) -> list[Row]:
+    """A row for each moment and quantity: `size` of it, and of its `change` since before the first step."""
+    config = trial.config
+    probe = _probe(config, workbench)
+    first: dict[str, Any] = {}
+
+    def observe(moment: Moment) -> Iterable[Row]:
+        model, compute = moment.program.config.model, config.compute
+        values = coordinates(model, compute, moment.parameters, moment.scales.multipliers, probe)
+        if moment.step == 0:
+            first["values"] = values
+            first["matrices"] = jax.tree.map(jnp.copy, _matrices(model, moment.parameters))
+        sizes = _sizes(values, first["values"])
+        norms = operator_norms(_matrices(model, moment.parameters), first["matrices"])
+        for name, pair in jax.device_get({**sizes, **norms}).items():
+            layers = zip(*map(np.atleast_1d, pair), strict=True)
+            for layer, (size, change) in enumerate(layers):
+                quantity = f"{name} {layer}" if name in LAYERED else name
+                yield {"step": moment.step, "quantity": quantity, "size": float(size), "change": float(change)}
+
+    return workbench.train(trial, STEPS, observe)
+
+
+def _probe(config: Config, workbench: Workbench) -> Batch:
+    """Held-out rows of the first corpus of the stable mixture, the same for every trial."""
+    held_out = workbench.text(config).held_out
+    if not held_out:
+        raise UserError("data.held_out = 0: expected a share of held-out text, the coordinate check looks at it")
+    return next(held_out_batches(held_out[next(iter(config.data.stable))], _PROBED_ROWS, _PROBED_ROWS))
+
+
+# What is measured.
+
+
+@partial(jax.jit, static_argnames=("model", "compute"))
+def coordinates(
+    model: ModelConfig, compute: ComputeConfig, parameters: Tree, multipliers: Multipliers, batch: Batch
+) -> dict[str, jax.Array]:
+    """The quantities of the check; those of a layer are [N, ...]. Attention logits that nobody sees are 0."""
+    taps = ("embedding", "query", "key", "attention", "feed_forward", "residual", "final", "logits")
+    arguments = (batch["tokens"], batch["positions"], batch["segments"])
+    _, tapped = MiniCPM(model, parameters, compute, multipliers)(*arguments, taps=taps)
+    layers, rows, length, heads, width = tapped["query"].shape
+    query_NBLGRK = tapped["query"].reshape(layers, rows, length, model.kv, heads // model.kv, width)
+    scores_NBGRLS = jnp.einsum("nblgrk,nbsgk->nbgrls", query_NBLGRK, tapped["key"]) / math.sqrt(width)
+    same_document = batch["segments"][:, :, None] == batch["segments"][:, None, :]
+    visible_BLS = same_document & jnp.tril(jnp.ones((length, length), bool))
+    return {
+        "embedding": tapped["embedding"],
+        "attention": tapped["attention"],
+        "feed-forward": tapped["feed_forward"],
+        "attention logits": jnp.where(visible_BLS[:, None, None], scores_NBGRLS, 0.0),
+        "residual stream": tapped["residual"][-1],
+        "final hidden": tapped["final"],
+        "logits": tapped["logits"],
+    }
+
+
+LAYERED = ("attention", "feed-forward", "attention logits")
+
+
+@jax.jit
+def _sizes(values: dict[str, jax.Array], first: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Mean |h| and mean |h - h_0|, for each layer where there are layers."""
+
+    def mean(name: str, x: jax.Array) -> jax.Array:
+        return jnp.mean(jnp.abs(x), axis=tuple(range(1 if name in LAYERED else 0, x.ndim)))
+
+    return {name: (mean(name, value), mean(name, value - first[name])) for name, value in values.items()}
+
+
+def _matrices(model: ModelConfig, parameters: Tree) -> dict[str, jax.Array]:
+    roles = flat(specs(model))
+    return {name: leaf for name, leaf in flat(parameters).items() if roles[name].role == "matrix"}
+
+
+@jax.jit
+def operator_norms(
+    matrices: dict[str, jax.Array], first: dict[str, jax.Array]
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Largest singular values of weights [N, in, out] and of their changes, over sqrt(out / in); mean over layers.
+
+    By power iteration, which comes within a per cent from below (LAPACK inside a compiled program can hang on a CPU).
+    """
+
+    def norm(x_NIO: jax.Array) -> jax.Array:
+        fan_in, fan_out = x_NIO.shape[-2:]
+
+        def iterate(_, v_NO: jax.Array) -> jax.Array:
+            v_NO = jnp.einsum("nio,ni->no", x_NIO, jnp.einsum("nio,no->ni", x_NIO, v_NO))
+            return v_NO / jnp.maximum(jnp.linalg.norm(v_NO, axis=-1, keepdims=True), 1e-30)
+
+        start_NO = jax.random.normal(jax.random.key(0), (x_NIO.shape[0], fan_out))
+        v_NO = jax.lax.fori_loop(0, _POWER_ITERATIONS, iterate, start_NO)
+        largest_N = jnp.linalg.norm(jnp.einsum("nio,no->ni", x_NIO, v_NO), axis=-1)
+        return jnp.mean(largest_N) * math.sqrt(fan_in / fan_out)
+
+    return {
+        f"spectral {name.removeprefix('layers/')}": (norm(matrix), norm(matrix - first[name]))
+        for name, matrix in matrices.items()
+    }
+
+
+# What it says.
+
+
+@dataclass(frozen=True)
+class Slope:
+    """Of log2 of the mean over seeds, in log2 of the size of the model; NaN where a trial did not finish."""
+
+    parametrisation: str
+    axis: str
+    quantity: str
+    kind: str  # size or change
+    step: int
+    value: float
+
+    @property
+    def spectral(self) -> bool:
+        return self.quantity.startswith("spectral")
+
+    @property
+    def bar(self) -> float:
+        return SPECTRAL_BAR if self.spectral else BAR
+
+    @property
+    def judged(self) -> bool:
+        """Whether the verdict goes by it. In depth that is what leaves the stack: no rule for Adam keeps every branch
+        flat, and operator norms shrink where rates do."""
+        return self.step in JUDGED and (self.axis == "width" or self.quantity in ("final hidden", "logits"))
+
+    @property
+    def within(self) -> bool:
+        return abs(self.value) <= self.bar
+
+    def __str__(self) -> str:
+        return f"{self.kind} of {self.quantity} at step {self.step}: slope {self.value:+.2f}"
+
+
+def slopes(rows: Sequence[Row]) -> list[Slope]:
+    """From the table of the trials. Over layers, the layers of a quantity are taken together."""
+    values: dict[tuple[str, str, str, str, int], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    incomplete = {(row["parametrisation"], row["axis"]) for row in rows if row["status"] != "finished"}
+    for row in rows:
+        if "quantity" not in row:
+            continue
+        quantity = base_name(row["quantity"]) if row["axis"] == "layers" else row["quantity"]
+        for kind in ("size", "change") if row["step"] else ("size",):
+            key = (row["parametrisation"], row["axis"], quantity, kind, row["step"])
+            values[key][row[row["axis"]]].append(row[kind])
+    return [Slope(*key, math.nan if key[:2] in incomplete else _fit(by_size)) for key, by_size in values.items()]
+
+
+def base_name(quantity: str) -> str:
+    """A quantity without the number of its layer."""
+    return quantity.rstrip("0123456789").rstrip()
+
+
+def _fit(by_size: dict[int, list[float]]) -> float:
+    sizes = np.log2(list(by_size))
+    means = np.array([np.mean(found) for found in by_size.values()])
+    if not (np.isfinite(means).all() and (means > 0).all()) or len(sizes) < 2:
+        return math.nan
+    return float(np.polyfit(sizes, np.log2(means), 1)[0])
+
+
+def worst(found: Iterable[Slope]) -> Slope:
+    """The slope furthest over, or nearest to, its bar; a NaN is the worst."""
+    return max(found, key=lambda slope: math.inf if math.isnan(slope.value) else abs(slope.value) / slope.bar)
+
+
+def verdicts(found: Sequence[Slope], name: str) -> list[Verdict]:
+    """What the slopes say of a parametrisation: the steepest that counts, in each form of the check."""
+    mine = [slope for slope in found if slope.parametrisation == name and slope.judged]
+    forms = {
+        "coordinates over width": [slope for slope in mine if slope.axis == "width" and not slope.spectral],
+        "operator norms over width": [slope for slope in mine if slope.axis == "width" and slope.spectral],
+        "final hidden, logits over layers": [slope for slope in mine if slope.axis == "layers"],
+    }
+    steepest = {form: worst(slopes) for form, slopes in forms.items() if slopes}
+    return [Verdict(name, form, str(slope), f"<= {slope.bar:.2f}", slope.within) for form, slope in steepest.items()]
+
+
+def control_verdict(found: Sequence[Slope], name: str) -> Verdict:
+    """Whether the check sees a planted fault: in at least one quantity, beyond the bar of that fault."""
+    mine = [slope for slope in found if slope.parametrisation == name and slope.judged and not slope.spectral]
+    steepest, bar = worst(mine), FAULTS[name].bar
+    caught = not abs(steepest.value) <= bar  # NaN, from a trial that diverged, is caught as well
+    return Verdict(f"fault {name}", "is caught", str(steepest), f"> {bar:.2f}", caught)
+
+
+def describe(found: Sequence[Slope], name: str, axis: str) -> str:
+    """The table of slopes of a parametrisation in one form; a star marks what is beyond the bar of the verdict."""
+    mine = {(s.quantity, s.kind, s.step): s for s in found if (s.parametrisation, s.axis) == (name, axis)}
+    rows = [("slope over " + axis, *(f"{kind} {step}" for kind in ("size", "change") for step in STEPS))]
+    for quantity in dict.fromkeys(quantity for quantity, _, _ in mine):
+        cells = []
+        for kind in ("size", "change"):
+            for step in STEPS:
+                slope = mine.get((quantity, kind, step))
+                star = "*" if slope is not None and slope.judged and not slope.within else ""
+                cells.append("" if slope is None else f"{slope.value:+.2f}{star}")
+        rows.append((quantity, *cells))
+    return f"{name}\n{aligned(rows)}"

@@ -1,0 +1,175 @@
+"""The trials of a study: what to run, what is finished, and one tidy table.
+
+    <directory>/trials.jsonl   a line for each trial that has ended: its labels, its status, its rows
+    <directory>/trials.csv     the same as a table, one line a row
+
+A trial is known by all that its results depend on: its experiment, its parametrisation, its text. The same study run
+again, after a kill or with more values, does what is not there yet and nothing twice. A trial that diverges is a row
+like any other; one that fails for another reason is a row as well, and is tried again the next time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from cpmjax.model.flops import training_flops_per_token
+from cpmjax.model.mup import Parametrisation
+from cpmjax.run.config import Config, fingerprint
+from cpmjax.run.directory import Lines, only_writer
+from cpmjax.run.errors import UserError
+from cpmjax.run.table import Row, write_csv
+
+_SECONDS_BETWEEN_LINES = 10.0  # in a log that is no terminal
+_OVERHEAD_FLOPS = 1e9  # what a step costs beside its FLOPs, on the machine of the committed results: 5 ms
+
+
+class Diverged(Exception):
+    """A trial whose numbers ceased to be finite; `rows` are its results until then."""
+
+    def __init__(self, message: str, rows: list[Row]) -> None:
+        super().__init__(message)
+        self.rows = rows
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run of a study."""
+
+    labels: Row  # its columns in the table: what makes it different from the others
+    config: Config
+    table: Parametrisation
+
+    def identity(self, recipe: str) -> str:
+        """12 hexadecimal digits that stand for everything its results depend on."""
+        parts = (fingerprint(self.config), repr(self.table), recipe)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+    @property
+    def cost(self) -> float:
+        """Roughly, in FLOPs: what the estimate of the time left goes by."""
+        steps = self.config.schedule.in_steps(self.config.tokens_per_step).total
+        per_token = training_flops_per_token(self.config.model, self.config.data.sequence_length)
+        return steps * (per_token * self.config.tokens_per_step + _OVERHEAD_FLOPS)
+
+
+class Trials:
+    """The trials of one study in their directory."""
+
+    def __init__(self, directory: str | Path, trials: Sequence[Trial], recipe: str) -> None:
+        """`recipe` stands for what all trials depend on: their text, versions, and what is measured."""
+        self.directory = Path(directory).expanduser()
+        self._trials = {trial.identity(recipe): trial for trial in trials}
+        self._ledger_file = self.directory / "trials.jsonl"
+        self.table_file = self.directory / "trials.csv"
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps every other process from this study. Raises UserError if one holds it, or if it is a run."""
+        if (self.directory / "config.yaml").exists():
+            raise UserError(f"{self.directory} is a run; expected a directory of its own for a study")
+        with only_writer(self.directory, "study"):
+            yield
+
+    def run(self, measure: Callable[[Trial], list[Row]]) -> None:
+        """Measures what has not ended yet, in order, and writes the table. Call it inside `lock`."""
+        ended = {line["trial"] for line in self._ended()}
+        waiting = {name: trial for name, trial in self._trials.items() if name not in ended}
+        ledger = Lines(self._ledger_file)
+        try:
+            with Progress(list(self._trials.values()), list(waiting.values())) as progress:
+                for name, trial in waiting.items():
+                    progress.begin(trial)
+                    ledger.append({"trial": name} | _outcome(trial, measure))
+                    progress.end(trial)
+        finally:
+            ledger.close()
+            write_csv(self.table_file, self.rows())
+
+    def rows(self) -> list[Row]:
+        """The table: the labels of each trial, its status, and one line for each row of its results."""
+        ended = {line["trial"]: line for line in self._lines()}
+        table = []
+        for name, trial in self._trials.items():
+            if name not in ended:
+                continue
+            line = ended[name]
+            facts = trial.labels | {key: line[key] for key in ("status", "message", "seconds")}
+            table += [facts | row for row in line["rows"] or [{}]]
+        return table
+
+    def _lines(self) -> list[dict[str, Any]]:
+        return Lines.read(self._ledger_file) if self._ledger_file.exists() else []
+
+    def _ended(self) -> list[dict[str, Any]]:
+        return [line for line in self._lines() if line["status"] != "failed"]
+
+
+def _outcome(trial: Trial, measure: Callable[[Trial], list[Row]]) -> dict[str, Any]:
+    """What a trial leaves in the ledger, whatever became of it."""
+    began = time.perf_counter()
+    status, message = "finished", ""
+    try:
+        rows = measure(trial)
+    except Diverged as error:
+        status, message, rows = "diverged", str(error), error.rows
+    except Exception as error:  # whatever it is, the other trials go on
+        status, message, rows = "failed", f"{type(error).__name__}: {' '.join(str(error).split())}"[:300], []
+    seconds = round(time.perf_counter() - began, 3)
+    return {"labels": trial.labels, "status": status, "message": message, "seconds": seconds, "rows": rows}
+
+
+class Progress:
+    """How far a study is: a bar on a terminal, else a line from time to time; the time left goes by cost."""
+
+    def __init__(self, trials: Sequence[Trial], waiting: Sequence[Trial]) -> None:
+        self._count, self._waiting = len(trials), len(waiting)
+        self._to_do, self._done, self._number = sum(trial.cost for trial in waiting), 0.0, len(trials) - len(waiting)
+        self._began = self._spoke = time.monotonic()
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=self._count, initial=self._number, unit="trial", bar_format=_BAR)
+        elif self._number:
+            print(f"{self._number} of {self._count} trials had ended before", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def begin(self, trial: Trial) -> None:
+        labels = " ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+                          for key, value in trial.labels.items())  # fmt: skip
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{labels}, ETA {self.left()}")
+        elif self._done == 0 or time.monotonic() - self._spoke > _SECONDS_BETWEEN_LINES:
+            self._spoke = time.monotonic()
+            print(f"trial {self._number + 1}/{self._count}: {labels}; ETA {self.left()}", file=sys.stderr, flush=True)
+
+    def end(self, trial: Trial) -> None:
+        self._done += trial.cost
+        self._number += 1
+        if self._bar is not None:
+            self._bar.update()
+
+    def left(self) -> str:
+        """Minutes and seconds, "?" before the first trial has ended."""
+        if not self._done:
+            return "?"
+        pace = (time.monotonic() - self._began) / self._done
+        minutes, seconds = divmod(math.ceil(pace * (self._to_do - self._done)), 60)
+        return f"{minutes}:{seconds:02d}"
+
+
+_BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {postfix}]"

@@ -1,0 +1,158 @@
+"""What the trials of a study share: text, devices, and one compiled training step for each shape.
+
+Learning rates, weight decays, seeds, initial scales and the multipliers of the forward pass enter the step as arrays,
+so that a sweep over them, or over whole parametrisations, compiles once a shape.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from cpmjax.data.loader import Loader
+from cpmjax.data.mixture import Mixture
+from cpmjax.data.text import Text, make_tokenizer, open_stores, segments
+from cpmjax.model import mup
+from cpmjax.model.parameters import Tree
+from cpmjax.parallel.mesh import make_mesh
+from cpmjax.parallel.sharding import named_sharding
+from cpmjax.run.config import Config, ModelConfig, OptimizerConfig, RunConfig, encode, fingerprint
+from cpmjax.run.schedule import Constant
+from cpmjax.run.table import Row
+from cpmjax.training.evaluation import HeldOut
+from cpmjax.training.optimizer import make_optimizer
+from cpmjax.training.origin import Origin
+from cpmjax.training.state import TrainState, abstract_state, initial_state
+from cpmjax.training.step import Batch, Rates, abstract_batch, make_step, next_token_loss
+from cpmjax.training.timeline import Timeline
+from cpmjax.tunnel.trials import Diverged, Trial
+
+_CHECKED_EVERY = 16  # steps; looking more often would make the device wait
+
+
+class Moment(NamedTuple):
+    """A trial after `step` updates. `parameters` are gone after the next update; who needs them longer copies."""
+
+    step: int
+    loss: float  # of the last update's batch; NaN before the first
+    parameters: Tree
+    scales: mup.Scales
+    program: Program
+
+
+class Program:
+    """The compiled functions of one shape."""
+
+    def __init__(self, config: Config, workbench: Workbench) -> None:
+        self.config = config
+        mesh, model = workbench.mesh, config.model
+        rows = (config.training.batch_size // config.training.accumulation, config.data.sequence_length)
+        self.by_row = named_sharding(mesh, ("rows", "length"), rows, "a micro-batch (training, data.sequence_length)")
+        self.evaluate = HeldOut(config, workbench.text(config).held_out, workbench.tokenizer, self.by_row)
+        optimizer = make_optimizer(model, config.optimizer)
+        abstract = abstract_state(model, optimizer, mesh)
+        shardings = jax.tree.map(lambda x: x.sharding, abstract)
+
+        def step(state: TrainState, batch: Batch, rates: Rates, scales: mup.Scales):
+            loss = next_token_loss(model, config.compute, config.training.z_loss, scales.multipliers)
+            optimizer = make_optimizer(model, config.optimizer, scales)
+            return make_step(model, loss, optimizer, config.training.accumulation)(state, batch, rates)
+
+        def begin(key: jax.Array, scales: mup.Scales) -> TrainState:
+            return initial_state(model, optimizer, key, scales)
+
+        scales, rates = as_arrays(mup.scales(model, "coupled")), Rates(np.float32(0), np.float32(0))
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+        self.step = jitted.lower(abstract, abstract_batch(config, self.by_row), rates, scales).compile()
+        self.begin = jax.jit(begin, out_shardings=shardings).lower(jax.random.key(0), scales).compile()
+
+
+class Workbench:
+    """Opened in a `with`: inside, the mesh of the experiment is the one that is set."""
+
+    def __init__(self, config: Config, say: Callable[[str], None]) -> None:
+        """Opens the text of the experiment, tokenising it where that was not done before."""
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.run.cache).expanduser() / "compiled"))
+        self.mesh = make_mesh(config.mesh)
+        self.tokenizer = make_tokenizer(config, say)
+        self._config = config
+        self._stores = open_stores(config, self.tokenizer, say)
+        self._texts: dict[str, Text] = {}
+        self._programs: dict[str, Program] = {}
+
+    def __enter__(self) -> Workbench:
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(jax.set_mesh(self.mesh))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @cached_property
+    def recipe(self) -> str:
+        """Stands for the text and the versions that a result depends on."""
+        parts = (self.tokenizer.fingerprint, sorted(store.key for store in self._stores.values()), jax.__version__)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+    def text(self, config: Config) -> Text:
+        """The text in the order in which a trial of this experiment reads it."""
+        schedule = Timeline(config, Origin({})).schedule
+        parts = (schedule.stages(), encode(config.data), config.training.batch_size, config.run.seed)
+        if (key := repr(parts)) not in self._texts:
+            order = segments(schedule, config.data, config.training.batch_size)
+            self._texts[key] = Text(config, self._stores, Mixture(order, config.run.seed))
+        return self._texts[key]
+
+    def program(self, config: Config) -> Program:
+        """The program for the shape of an experiment, compiled when it is asked for the first time."""
+        if (key := fingerprint(shape_of(config))) not in self._programs:
+            self._programs[key] = Program(shape_of(config), self)
+        return self._programs[key]
+
+    def train(self, trial: Trial, steps: Iterable[int], observe: Callable[[Moment], Iterable[Row]]) -> list[Row]:
+        """Trains a trial to its end; `observe` turns chosen moments (0 is the beginning) into rows of its results.
+
+        Raises Diverged, with the rows so far, at the first loss or gradient found to be not finite.
+        """
+        config, steps = trial.config, frozenset(steps)
+        program, timeline, text = self.program(config), Timeline(config, Origin({})), self.text(config)
+        scales = as_arrays(mup.scales(config.model, config.optimizer.weight_decay_mode, trial.table))
+        state = program.begin(jax.random.key(config.run.seed), scales)
+        rows: list[Row] = []
+        if 0 in steps:
+            rows += observe(Moment(0, float("nan"), state.trainable, scales, program))
+        with Loader(text.batches, 0, config.training.batch_size, program.by_row) as loader:
+            for step in range(1, timeline.total + 1):
+                state, metrics = program.step(state, next(loader), timeline.rates(step), scales)
+                due = step in steps or step % _CHECKED_EVERY == 0 or step == timeline.total
+                if due and int(state.skipped):
+                    raise Diverged(f"loss or gradient not finite by step {step}", rows)
+                if step in steps:
+                    rows += observe(Moment(step, float(metrics["loss"]), state.trainable, scales, program))
+        return rows
+
+
+def as_arrays(scales: mup.Scales) -> mup.Scales:
+    return jax.tree.map(np.float32, scales)
+
+
+def shape_of(config: Config) -> Config:
+    """What is left of an experiment when all that enters a program as an array has its default value."""
+    numbers = ("preset", "scale_emb", "scale_depth", "dim_model_base", "layers_base", "init_std", "parametrisation")
+    defaults = {key: getattr(ModelConfig, key) for key in numbers}
+    optimizer = {key: getattr(OptimizerConfig, key) for key in ("learning_rate", "weight_decay", "weight_decay_mode")}
+    return replace(
+        config,
+        run=replace(RunConfig(), cache=config.run.cache),
+        model=replace(config.model, **defaults),
+        optimizer=replace(config.optimizer, **optimizer),
+        schedule=Constant(),
+    )
