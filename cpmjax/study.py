@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import typing
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,13 +21,13 @@ from typing import Any
 from cpmjax.model.presets import PRESETS
 from cpmjax.parallel.machine import machine
 from cpmjax.run import cli
-from cpmjax.run.config import Config, fingerprint
+from cpmjax.run.config import Config, WeightDecayMode, fingerprint
 from cpmjax.run.directory import now, versions, write_atomically
 from cpmjax.run.errors import UserError
 from cpmjax.run.table import Row, write_csv
 from cpmjax.tunnel import coordinate_check, figures, transfer
-from cpmjax.tunnel.faults import FAULTS
-from cpmjax.tunnel.sizes import make_axis
+from cpmjax.tunnel.faults import FAULTS, table_of
+from cpmjax.tunnel.sizes import Axis, make_axis
 from cpmjax.tunnel.trials import Trial, Trials
 from cpmjax.tunnel.verdicts import Verdict, describe
 from cpmjax.tunnel.workbench import Workbench
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> int:
 
 def study_coordinate_check(arguments: argparse.Namespace, config: Config) -> int:
     """Does any activation grow or shrink with the size of the model?"""
-    axes = [make_axis("width", arguments.widths, "--widths"), make_axis("layers", arguments.layers, "--layers")]
+    axes = _axes(width=arguments.widths, layers=arguments.layers)
     controls = [name for name in FAULTS if arguments.controls and name not in arguments.parametrisations]
     names = [*arguments.parametrisations, *controls]
     trials = run(config, coordinate_check.make_trials(config, axes, names, arguments.seeds), coordinate_check.measure)
@@ -61,17 +62,9 @@ def study_coordinate_check(arguments: argparse.Namespace, config: Config) -> int
 
 def study_transfer(arguments: argparse.Namespace, config: Config) -> int:
     """Does the best learning rate of a small model stay the best one as the model grows?"""
-    axes = [
-        make_axis(name, values, flag)
-        for name, values, flag in (
-            ("width", arguments.widths, "--widths"),
-            ("layers", arguments.layers, "--layers"),
-            ("preset", arguments.sizes, "--sizes"),
-        )
-        if values
-    ]
-    if not axes:
-        raise UserError("--widths, --layers, --sizes: expected at least one list of sizes")
+    if arguments.widths is None:
+        arguments.widths = [] if arguments.layers or arguments.sizes else _TRANSFER_WIDTHS
+    axes = _axes(width=arguments.widths, layers=arguments.layers, preset=arguments.sizes)
     trials = run(
         config,
         transfer.make_trials(
@@ -86,6 +79,17 @@ def study_transfer(arguments: argparse.Namespace, config: Config) -> int:
     figures.draw_transfer(directory / "transfer.png", families)
     found = [verdict for family in families for verdict in transfer.verdicts(family)]
     return conclude("transfer", config, directory, arguments, found, rows)
+
+
+def _axes(**values: list[Any]) -> list[Axis]:
+    """An axis for each list that is not empty. Raises UserError if all are, or for a list that is no axis."""
+    axes = [make_axis(name, sizes, _FLAGS[name]) for name, sizes in values.items() if sizes]
+    if not axes:
+        raise UserError(f"{', '.join(_FLAGS[name] for name in values)}: expected at least one list of sizes")
+    return axes
+
+
+_FLAGS = {"width": "--widths", "layers": "--layers", "preset": "--sizes"}
 
 
 # What every study does.
@@ -109,10 +113,14 @@ def conclude(
     config: Config,
     directory: Path,
     arguments: argparse.Namespace,
-    found: Sequence[Verdict],
+    found: list[Verdict],
     rows: Sequence[Row],
 ) -> int:
     """Writes study.json, says where everything is and, in the last line, what was found: 0 if all holds, else 1."""
+    trials = {tuple(str(row.get(key)) for key in _LABELS): row for row in rows}.values()
+    failed = sum(row["status"] == "failed" for row in trials)
+    if failed:
+        found = [*found, Verdict(study, "every trial ran", f"{failed} of {len(trials)} failed", "0", False)]
     asked = {key: value for key, value in vars(arguments).items() if key != "study"}
     report: dict[str, Any] = {
         "study": study,
@@ -125,10 +133,9 @@ def conclude(
     }
     write_atomically(directory / "study.json", json.dumps(report, indent=2) + "\n")
     for status in ("diverged", "failed"):
-        of_status = [row for row in rows if row["status"] == status]
+        of_status = [row for row in trials if row["status"] == status]
         if of_status:
-            trials = {tuple(sorted((key, str(row.get(key))) for key in row if key in _LABELS)) for row in of_status}
-            print(f"{len(trials)} trials {status}; the first one: {of_status[0]['message']}")
+            print(f"{len(of_status)} of {len(trials)} trials {status}; the first one: {of_status[0]['message']}")
     print(f"table {directory / 'trials.csv'}, figures {directory}/*.png, verdicts {directory / 'study.json'}\n")
     print(describe(found))
     return 0 if all(verdict.passed for verdict in found) else 1
@@ -166,7 +173,9 @@ def _add_coordinate_check(studies: Any) -> None:
         "coordinate-check", help="does any activation grow or shrink with the size of the model?"
     )
     parser.add_argument("--widths", type=_whole_numbers, default=[64, 128, 256, 512], help="(default: 64,128,256,512)")
-    parser.add_argument("--layers", type=_whole_numbers, default=[2, 4, 8, 16], help="(default: 2,4,8,16)")
+    parser.add_argument(
+        "--layers", type=_whole_numbers, default=[2, 4, 8, 16], help="empty: widths only (default: 2,4,8,16)"
+    )
     parser.add_argument("--controls", action="store_true", help="plant faults as well: each must be caught")
     _add_common(parser, ["minicpm"])
     parser.set_defaults(study=study_coordinate_check)
@@ -174,7 +183,9 @@ def _add_coordinate_check(studies: Any) -> None:
 
 def _add_transfer(studies: Any) -> None:
     parser = studies.add_parser("transfer", help="does the best learning rate stay the best one as the model grows?")
-    parser.add_argument("--widths", type=_whole_numbers, default=[32, 64, 128, 256], help="(default: 32,64,128,256)")
+    parser.add_argument(
+        "--widths", type=_whole_numbers, help="(default: 32,64,128,256, unless layers or sizes are given)"
+    )
     parser.add_argument(
         "--layers", type=_whole_numbers, default=[], help="numbers of layers, at the experiment's width"
     )
@@ -187,6 +198,7 @@ def _add_transfer(studies: Any) -> None:
     parser.set_defaults(study=study_transfer)
 
 
+_TRANSFER_WIDTHS = [32, 64, 128, 256]
 _RATES = [0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08]
 
 
@@ -194,7 +206,7 @@ def _add_common(parser: argparse.ArgumentParser, names: list[str]) -> None:
     parser.add_argument("--seeds", type=_positive, default=3, help="trials of each kind (default: 3)")
     parser.add_argument(
         "--parametrisations",
-        type=_names,
+        type=_parametrisations,
         default=names,
         help=f"names from cpmjax.model.mup, or planted faults: {', '.join(FAULTS)} (default: {','.join(names)})",
     )
@@ -222,18 +234,30 @@ def _rates(text: str) -> list[float]:
     try:
         rates = [float(rate) for rate in _names(text)]
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected numbers with commas between them, got {text!r}") from error
-    if len(rates) < 3 or len(set(rates)) < len(rates) or not all(0 < rate < float("inf") for rate in rates):
-        raise argparse.ArgumentTypeError(f"expected at least three different rates, all positive, got {text!r}")
+        raise UserError(f"--rates = {text}: expected numbers with commas between them") from error
+    for rate in rates:
+        if not 0 < rate < float("inf"):
+            raise UserError(f"--rates = {text}: expected positive learning rates, got {rate:g}")
+    if len(set(rates)) < max(3, len(rates)):
+        raise UserError(f"--rates = {text}: expected at least three, each once: an optimum lies between two others")
     return sorted(rates)
 
 
 def _decay_modes(text: str) -> list[str]:
-    modes = _names(text)
-    for mode in modes:
-        if mode not in ("coupled", "scaled", "independent"):
-            raise argparse.ArgumentTypeError(f"expected some of coupled, scaled, independent, got {mode!r}")
+    modes, known = _names(text), typing.get_args(WeightDecayMode)
+    unknown = [mode for mode in modes if mode not in known]
+    if unknown or not modes:
+        raise UserError(f"--weight-decay-modes = {text}: expected some of {', '.join(known)}")
     return modes
+
+
+def _parametrisations(text: str) -> list[str]:
+    names = list(dict.fromkeys(_names(text)))
+    if not names:
+        raise UserError("--parametrisations: expected at least one name")
+    for name in names:
+        table_of(name)
+    return names
 
 
 def _say(text: str) -> None:

@@ -209,6 +209,9 @@ class DataConfig:
             yield "held_out", "a share from 0 to below 1"
 
 
+WeightDecayMode = Literal["coupled", "independent", "scaled"]
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW; MiniCPM's values ([D] of the reference: betas 0.9 and 0.95, decay 0.1, clip 1.0; paper A.1: rate 0.01)."""
@@ -218,7 +221,7 @@ class OptimizerConfig:
     beta2: float = 0.95
     epsilon: float = 1e-8
     weight_decay: float = 0.1
-    weight_decay_mode: Literal["coupled", "independent", "scaled"] = "coupled"  # see cpmjax.model.mup
+    weight_decay_mode: WeightDecayMode = "coupled"  # see cpmjax.model.mup
     clip: float = 1.0  # global norm of the gradient
 
     def problems(self) -> Iterator[tuple[str, str]]:

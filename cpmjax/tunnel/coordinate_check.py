@@ -42,6 +42,9 @@ STEPS = (0, 1, 3, 10)  # moments looked at
 JUDGED = (3, 10)  # before that, logits pass through a transient of their initial values under a correct muP
 BAR = 0.20  # the most that |slope| of a coordinate may be
 SPECTRAL_BAR = 1 / 3  # of an operator norm: within a factor of 2 over 8 times the width
+QUANTITIES = (
+    "embedding", "attention", "attention logits", "feed-forward", "residual stream", "final hidden", "logits"
+)  # fmt: skip
 _PROBED_ROWS = 4
 _POWER_ITERATIONS = 100
 
@@ -81,7 +84,8 @@ def measure(workbench: Workbench, trial: Trial) -> list[Row]:
             layers = zip(*map(np.atleast_1d, pair), strict=True)
             for layer, (size, change) in enumerate(layers):
                 quantity = f"{name} {layer}" if name in LAYERED else name
-                yield {"step": moment.step, "quantity": quantity, "size": float(size), "change": float(change)}
+                numbers = {"size": float(f"{size:.6g}"), "change": float(f"{change:.6g}")}  # float32 holds no more
+                yield {"step": moment.step, "quantity": quantity} | numbers
 
     return workbench.train(trial, STEPS, observe)
 
@@ -216,6 +220,12 @@ def slopes(rows: Sequence[Row]) -> list[Slope]:
     return [Slope(*key, math.nan if key[:2] in incomplete else _fit(by_size)) for key, by_size in values.items()]
 
 
+def _place(quantity: str) -> tuple[int, str]:
+    """Sorts quantities as the forward pass meets them, operator norms behind."""
+    name = base_name(quantity)
+    return (QUANTITIES.index(name) if name in QUANTITIES else len(QUANTITIES)), quantity
+
+
 def base_name(quantity: str) -> str:
     """A quantity without the number of its layer."""
     return quantity.rstrip("0123456789").rstrip()
@@ -258,7 +268,7 @@ def describe(found: Sequence[Slope], name: str, axis: str) -> str:
     """The table of slopes of a parametrisation in one form; a star marks what is beyond the bar of the verdict."""
     mine = {(s.quantity, s.kind, s.step): s for s in found if (s.parametrisation, s.axis) == (name, axis)}
     rows = [("slope over " + axis, *(f"{kind} {step}" for kind in ("size", "change") for step in STEPS))]
-    for quantity in dict.fromkeys(quantity for quantity, _, _ in mine):
+    for quantity in sorted({quantity for quantity, _, _ in mine}, key=_place):
         cells = []
         for kind in ("size", "change"):
             for step in STEPS:

@@ -13,7 +13,7 @@ import numpy as np
 
 from cpmjax.run.directory import write_atomically
 from cpmjax.run.table import Row
-from cpmjax.tunnel.coordinate_check import JUDGED, STEPS, Slope, base_name
+from cpmjax.tunnel.coordinate_check import JUDGED, QUANTITIES, STEPS, Slope, base_name
 from cpmjax.tunnel.transfer import Family
 
 _STEP_COLORS = dict(zip(STEPS, ("#9ca3af", "#93c5fd", "#3b82f6", "#1e3a8a"), strict=True))
@@ -24,7 +24,7 @@ _WORST_SHOWN = 0.9  # nats above the best loss: what a figure of the transfer st
 def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width * columns, height * rows + 0.6), dpi=110, layout="constrained")
+    figure = Figure(figsize=(width * columns, height * rows + 0.6), dpi=90, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
@@ -47,28 +47,33 @@ def draw_coordinates(path: Path, rows: Iterable[Row], slopes: Sequence[Slope], a
             place = row["parametrisation"], base_name(row["quantity"]), row["step"]
             values[place][row[axis], row["seed"]] = row["change" if row["step"] else "size"]
     names = [*dict.fromkeys(name for name, _, _ in values)]
-    quantities = [*dict.fromkeys(quantity for _, quantity, _ in values)]
+    quantities = [quantity for quantity in QUANTITIES if any(quantity == key[1] for key in values)]
+    if not names:  # every trial diverged before its first row
+        return
     figure, panels = _figure(len(names), len(quantities), 2.3, 2.1)
     for name, line in zip(names, panels, strict=True):
         for quantity, panel in zip(quantities, line, strict=True):
             for step in STEPS:
                 found = values[name, quantity, step]
                 at = sorted({size for size, _ in found})
-                seeds = np.array([[value for (size, _), value in found.items() if size == each] for each in at])
+                seeds = [[value for (size, _), value in found.items() if size == each] for each in at]
                 color = _STEP_COLORS[step]
                 label = f"change, step {step}" if step else "size at the start"
-                panel.plot(at, seeds.mean(axis=1), "o-", color=color, markersize=3, linewidth=1.3, label=label)
-                panel.fill_between(at, seeds.min(axis=1), seeds.max(axis=1), color=color, alpha=0.2, linewidth=0)
+                panel.plot(
+                    at, [np.mean(each) for each in seeds], "o-", color=color, markersize=3, linewidth=1.3, label=label
+                )
+                low, high = [min(each) for each in seeds], [max(each) for each in seeds]
+                panel.fill_between(at, low, high, color=color, alpha=0.2, linewidth=0)
             mine = [s for s in slopes if (s.parametrisation, s.axis, base_name(s.quantity)) == (name, axis, quantity)]
             if any(slope.judged and not slope.within for slope in mine):
                 panel.set_facecolor(_BEYOND)
-            steepest = max((slope.value for slope in mine if slope.step in JUDGED), key=abs)
+            steepest = max((slope.value for slope in mine if slope.step in JUDGED), key=abs, default=math.nan)
             panel.set_title(f"steepest {steepest:+.2f}", fontsize=8, color="#555555")
             panel.set_xscale("log", base=2)
             panel.set_yscale("log", base=2)
-            low, high = panel.get_ylim()
-            if high / low < 16:  # so that what is flat looks flat
-                middle = math.sqrt(low * high)
+            bottom, top = panel.get_ylim()
+            if top / bottom < 16:  # so that what is flat looks flat
+                middle = math.sqrt(bottom * top)
                 panel.set_ylim(middle / 4, middle * 4)
             panel.tick_params(labelsize=7)
             panel.grid(color="#eeeeee", linewidth=0.6)

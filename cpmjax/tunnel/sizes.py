@@ -73,7 +73,8 @@ def _at_width(base: ModelConfig, width: int, table: Parametrisation) -> ModelCon
         feed_forward=grown("feed-forward entries", base.feed_forward, growth),
     )
     for key, allowed in wider.problems():
-        raise UserError(f"--widths: {width}: model.{key} would be {getattr(wider, key)}: expected {allowed}")
+        value = wider.head if key == "head_width" else getattr(wider, key)
+        raise UserError(f"--widths: {width}: model.{key} would be {value}: expected {allowed}")
     return wider
 
 

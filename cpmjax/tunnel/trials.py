@@ -68,7 +68,8 @@ class Trials:
     def __init__(self, directory: str | Path, trials: Sequence[Trial], recipe: str) -> None:
         """`recipe` stands for what all trials depend on: their text, versions, and what is measured."""
         self.directory = Path(directory).expanduser()
-        self._trials = {trial.identity(recipe): trial for trial in trials}
+        # Two of them may be the same run under other labels, as the smallest width is the smallest depth.
+        self._trials = [(trial.identity(recipe), trial) for trial in trials]
         self._ledger_file = self.directory / "trials.jsonl"
         self.table_file = self.directory / "trials.csv"
 
@@ -81,12 +82,15 @@ class Trials:
             yield
 
     def run(self, measure: Callable[[Trial], list[Row]]) -> None:
-        """Measures what has not ended yet, in order, and writes the table. Call it inside `lock`."""
+        """Measures what has not ended yet, in order, and writes the table. Call it inside `lock`.
+
+        A UserError is the study's and ends it; any other error is the trial's, and the next one begins.
+        """
         ended = {line["trial"] for line in self._ended()}
-        waiting = {name: trial for name, trial in self._trials.items() if name not in ended}
+        waiting = {name: trial for name, trial in self._trials if name not in ended}
         ledger = Lines(self._ledger_file)
         try:
-            with Progress(list(self._trials.values()), list(waiting.values())) as progress:
+            with Progress(len(dict(self._trials)), list(waiting.values())) as progress:
                 for name, trial in waiting.items():
                     progress.begin(trial)
                     ledger.append({"trial": name} | _outcome(trial, measure))
@@ -99,12 +103,11 @@ class Trials:
         """The table: the labels of each trial, its status, and one line for each row of its results."""
         ended = {line["trial"]: line for line in self._lines()}
         table = []
-        for name, trial in self._trials.items():
-            if name not in ended:
-                continue
-            line = ended[name]
-            facts = trial.labels | {key: line[key] for key in ("status", "message", "seconds")}
-            table += [facts | row for row in line["rows"] or [{}]]
+        for name, trial in self._trials:
+            if name in ended:
+                line = ended[name]
+                facts = trial.labels | {key: line[key] for key in ("status", "message", "seconds")}
+                table += [facts | row for row in line["rows"] or [{}]]
         return table
 
     def _lines(self) -> list[dict[str, Any]]:
@@ -122,6 +125,8 @@ def _outcome(trial: Trial, measure: Callable[[Trial], list[Row]]) -> dict[str, A
         rows = measure(trial)
     except Diverged as error:
         status, message, rows = "diverged", str(error), error.rows
+    except UserError:
+        raise
     except Exception as error:  # whatever it is, the other trials go on
         status, message, rows = "failed", f"{type(error).__name__}: {' '.join(str(error).split())}"[:300], []
     seconds = round(time.perf_counter() - began, 3)
@@ -131,9 +136,10 @@ def _outcome(trial: Trial, measure: Callable[[Trial], list[Row]]) -> dict[str, A
 class Progress:
     """How far a study is: a bar on a terminal, else a line from time to time; the time left goes by cost."""
 
-    def __init__(self, trials: Sequence[Trial], waiting: Sequence[Trial]) -> None:
-        self._count, self._waiting = len(trials), len(waiting)
-        self._to_do, self._done, self._number = sum(trial.cost for trial in waiting), 0.0, len(trials) - len(waiting)
+    def __init__(self, count: int, waiting: Sequence[Trial]) -> None:
+        """`waiting` are those of `count` trials that have not ended yet."""
+        self._count, self._number = count, count - len(waiting)
+        self._to_do, self._done = sum(trial.cost for trial in waiting), 0.0
         self._began = self._spoke = time.monotonic()
         self._bar = None
         if sys.stderr.isatty():
@@ -149,8 +155,9 @@ class Progress:
             self._bar.close()
 
     def begin(self, trial: Trial) -> None:
-        labels = " ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
-                          for key, value in trial.labels.items())  # fmt: skip
+        labels = " ".join(
+            str(value) if isinstance(value, str) else f"{key} {value:g}" for key, value in trial.labels.items()
+        )
         if self._bar is not None:
             self._bar.set_postfix_str(f"{labels}, ETA {self.left()}")
         elif self._done == 0 or time.monotonic() - self._spoke > _SECONDS_BETWEEN_LINES:

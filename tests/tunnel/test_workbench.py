@@ -1,0 +1,135 @@
+"""Trials against the training job, and how often they compile."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jobs
+import numpy as np
+import pytest
+import tunnel_jobs
+
+from cpmjax.model import mup
+from cpmjax.tunnel import transfer
+from cpmjax.tunnel.faults import FAULTS
+from cpmjax.tunnel.sizes import Axis
+from cpmjax.tunnel.trials import Diverged
+from cpmjax.tunnel.workbench import shape_of
+
+WIDTHS = Axis("width", (16, 32))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return jobs.shared_folder(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    return tunnel_jobs.config(folder)
+
+
+def trials(config, names=("minicpm",), modes=("coupled",), rates=(0.01,), seeds=1, axis=WIDTHS):
+    return transfer.make_trials(config, [axis], names, modes, rates, seeds)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, mode", [("minicpm", "coupled"), ("standard", "independent"), ("completep", "scaled")])
+def test_a_trial_is_the_training_job(config, folder, name, mode):
+    """The same keys given to `python -m cpmjax.train` give the same losses, though there they are constants."""
+    axis = Axis("layers", (3,))
+    with tunnel_jobs.workbench(config) as bench:
+        (trial,) = trials(config, [name], [mode], [0.03], axis=axis)
+        trial = replace(trial, config=replace(trial.config, run=replace(trial.config.run, seed=5)))
+        rows = transfer.measure(bench, trial)
+    run = folder / f"trial-{name}"
+    optimizer = trial.config.optimizer
+    jobs.train(
+        tunnel_jobs.experiment(folder),
+        f"--run.directory={run}",
+        "--run.seed=5",
+        "--model.layers=3",
+        f"--model.parametrisation={name}",
+        "--optimizer.learning_rate=0.03",
+        f"--optimizer.weight_decay_mode={mode}",
+        f"--optimizer.weight_decay={optimizer.weight_decay}",
+    )
+    records = {record["step"]: record for record in jobs.records(run)}
+    assert [row["step"] for row in rows] == [4, 8, 12]
+    for row in rows:
+        for key in ("loss", "heldout_loss", "heldout_bits_per_byte"):
+            assert row[key] == pytest.approx(records[row["step"]][key], abs=1e-5), key
+
+
+@pytest.mark.smoke
+def test_a_sweep_compiles_once_a_shape(config):
+    """Rates, seeds, modes of the decay, initial scales, parametrisations and faults are arrays of one program."""
+    swept = trials(config, ["minicpm", "standard", "no_logit_scale"], ["coupled", "independent"], [0.01, 0.02], 2)
+    assert len(swept) == 48
+    scaled = replace(swept[0].config.model, init_std=0.05, scale_emb=1.0, scale_depth=0.3)
+    swept.append(replace(swept[0], config=replace(swept[0].config, model=scaled)))
+    with tunnel_jobs.workbench(config) as bench:
+        for trial in trials(config):
+            transfer.measure(bench, trial)
+        with tunnel_jobs.counted_compilations() as names:
+            rows = [transfer.measure(bench, trial) for trial in swept]
+        assert names == []
+        with tunnel_jobs.counted_compilations() as names:
+            transfer.measure(bench, trials(config, axis=Axis("width", (48,)))[0])
+        assert {"jit(step)", "jit(begin)", "jit(evaluate)"} <= set(names) and len(names) == len(set(names))
+    finals = [each[-1]["heldout_loss"] for each in rows]
+    assert len(set(finals)) > len(finals) / 2 and np.isfinite(finals).all()
+
+
+def test_trials_do_not_depend_on_what_ran_before(config):
+    first, *others = trials(config, rates=[0.01, 0.3], seeds=2)
+    with tunnel_jobs.workbench(config) as bench:
+        before = transfer.measure(bench, first)
+        for trial in others:
+            transfer.measure(bench, trial)
+        assert transfer.measure(bench, first) == before
+    with tunnel_jobs.workbench(config) as bench:
+        assert transfer.measure(bench, first) == before
+
+
+def test_a_rate_without_measure_diverges_with_the_rows_so_far(config):
+    # Large enough that the weights leave float32 after the first evaluation.
+    (trial, *_) = trials(config, rates=[1e37])
+    with tunnel_jobs.workbench(config) as bench, pytest.raises(Diverged, match="not finite by step"):
+        transfer.measure(bench, trial)
+
+
+def test_the_recipe_stands_for_text_and_tokenizer(config, folder):
+    with tunnel_jobs.workbench(config) as bench, tunnel_jobs.workbench(config) as again:
+        assert bench.recipe == again.recipe
+    other = replace(config, data=replace(config.data, held_out=0.2))
+    with tunnel_jobs.workbench(other) as elsewhere:
+        assert elsewhere.recipe != bench.recipe
+
+
+def test_what_a_program_is_compiled_for_leaves_out_what_enters_as_an_array(config):
+    one, other = trials(config, ["minicpm", "standard"], ["coupled"], [0.01], axis=Axis("width", (32,)))
+    assert shape_of(one.config) == shape_of(other.config)
+    wider = replace(one.config, model=replace(one.config.model, feed_forward=44))
+    assert shape_of(wider) != shape_of(one.config)
+    beta = replace(one.config, optimizer=replace(one.config.optimizer, beta1=0.5))
+    assert shape_of(beta) != shape_of(one.config)
+
+
+def test_every_fault_is_one_replaced_entry():
+    minicpm = mup.PARAMETRISATIONS["minicpm"]
+    for name, fault in FAULTS.items():
+        changed = [key for key in vars(minicpm) if getattr(minicpm, key) != getattr(fault.table, key)]
+        assert len(changed) == 1, name
+        (entry,) = changed
+        if isinstance(getattr(minicpm, entry), mup.Rule):
+            before, after = vars(getattr(minicpm, entry)), vars(getattr(fault.table, entry))
+            assert sum(before[key] != after[key] for key in before) == 1, name
+
+
+@pytest.mark.skipif(jax.device_count() > 1, reason="one device")
+def test_the_mesh_is_set_inside_only(config):
+    with tunnel_jobs.workbench(config) as bench:
+        assert jax.sharding.get_abstract_mesh().axis_names == bench.mesh.axis_names
+    assert jax.sharding.get_abstract_mesh().empty
