@@ -1,6 +1,7 @@
 """The project's own measurements.
 
-usage: python -m cpmjax.bench train [--experiment YAML] [--rounds N] [--steps N] [--output FILE.json]
+usage: python -m cpmjax.bench train   [--experiment YAML] [--rounds N] [--steps N] [--output FILE.json]
+       python -m cpmjax.bench studies [--experiment YAML] [--rounds N] [--rates N] [--seeds N] [--output FILE.json]
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import multiprocessing
 import re
 import signal
 import statistics
@@ -17,29 +19,35 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from cpmjax.model import mup
+from cpmjax.model.presets import PRESETS
 from cpmjax.parallel.machine import machine
 from cpmjax.parallel.mesh import make_mesh
 from cpmjax.parallel.sharding import partition
 from cpmjax.run import cli
 from cpmjax.run.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
-from cpmjax.run.directory import Lines, RunDirectory, write_atomically
+from cpmjax.run.directory import Lines, RunDirectory, now, versions, write_atomically
 from cpmjax.run.errors import UserError
 from cpmjax.run.interrupt import SAVED_AND_STOPPED
 from cpmjax.run.table import aligned
 from cpmjax.training.optimizer import make_optimizer
 from cpmjax.training.state import abstract_state
 from cpmjax.training.step import Rates, abstract_batch, make_step, next_token_loss
+from cpmjax.tunnel import transfer
+from cpmjax.tunnel.sizes import Axis
+from cpmjax.tunnel.workbench import Workbench, as_arrays
 
-_EXPERIMENT = Path(__file__).parents[1] / "experiments" / "wsd.yaml"
+_EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 _SHALLOW, _DEEP = 4, 40  # layers
 _PATIENCE = 600.0  # seconds without a line of metrics after which a run is given up
 
@@ -174,7 +182,104 @@ def _share_of_waiting(said: str) -> float:
     return 100 * waited / elapsed if elapsed else 0.0
 
 
+# Sweeps.
+
+
+def trial_losses(experiment: Path, cache: Path, rates: list[float], seeds: list[int]) -> dict[tuple[float, int], float]:
+    """The held-out loss at the end of a trial for each rate and seed, one after another in this process."""
+    config = cli.load([str(experiment), f"--run.cache={cache}"], PRESETS, "")
+    with Workbench(config, lambda _: None) as workbench:
+        width = Axis("width", (config.model.width,))
+        trials = transfer.make_trials(config, [width], ["minicpm"], ["coupled"], rates, max(seeds) + 1)
+        wanted = [trial for trial in trials if trial.config.run.seed in seeds]
+        return {
+            (trial.config.optimizer.learning_rate, trial.config.run.seed): transfer.measure(workbench, trial)[-1][
+                "heldout_loss"
+            ]
+            for trial in wanted
+        }
+
+
+def _in_new_process(experiment: Path, cache: Path, rates: list[float], seeds: list[int]) -> tuple[float, dict]:
+    """(seconds from before the process starts until its result is here, the result)"""
+    began = time.perf_counter()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        losses = pool.submit(trial_losses, experiment, cache, rates, seeds).result()
+    return time.perf_counter() - began, losses
+
+
+def measure_sweep(experiment: Path, rounds: int, rates: int, seeds: int) -> tuple[list[Measurement], bool]:
+    """One process for all trials and one process a trial, by turns -> measurements, and whether results are equal.
+
+    Both find the tokenised text and the compiled programs in a cache that is filled before.
+    """
+    grid = [0.01 * 2.0 ** (number / 2 - rates // 4) for number in range(rates)]
+    sweep = Measurement(f"{rates} rates x {seeds} seeds in one process", "s", [])
+    apart = Measurement("the same, one process a trial", "s", [])
+    equal = True
+    with tempfile.TemporaryDirectory(prefix="cpmjax-bench-") as name:
+        cache = Path(name)
+        _in_new_process(experiment, cache, grid[:1], [0])
+        for _ in range(rounds):
+            seconds, together = _in_new_process(experiment, cache, grid, list(range(seeds)))
+            sweep.samples.append(seconds)
+            alone = [_in_new_process(experiment, cache, [rate], [seed]) for rate, seed in together]
+            apart.samples.append(sum(seconds for seconds, _ in alone))
+            equal &= together == {key: loss for _, losses in alone for key, loss in losses.items()}
+    ratio = Measurement("share of the time of one process a trial", "%", [100 * sweep.value / apart.value], bar=60.0)
+    return [sweep, apart, ratio], equal
+
+
+def measure_mapping(experiment: Path, rounds: int, seeds: int) -> list[Measurement]:
+    """A step of several trials mapped into one program (`jax.vmap`) beside as many steps of one, at two widths."""
+    steps, found = 20, []
+    config = cli.load([str(experiment)], PRESETS, "")
+    with Workbench(config, lambda _: None) as workbench:
+        for width in (config.model.width // 2, 4 * config.model.width):
+            model = Axis("width", (width,)).model(config.model, width, "minicpm")
+            trial = replace(config, model=model)
+            program = workbench.program(trial)
+            scales = as_arrays(mup.scales(model, "coupled"))
+            batch = workbench.text(trial).batches(0, config.training.batch_size)
+            rates = Rates(np.float32(0.01), np.float32(1e-3))
+            mapped = jax.jit(jax.vmap(program.function, in_axes=(0, None, None, None)), donate_argnums=0)
+            states = [program.begin(jax.random.key(seed), scales) for seed in range(seeds)]
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+            stacked, _ = mapped(stacked, batch, rates, scales)
+            ratios = []
+            for _ in range(rounds):
+                began = time.perf_counter()
+                for _ in range(steps):
+                    stacked, _ = mapped(stacked, batch, rates, scales)
+                jax.block_until_ready(stacked)
+                middle = time.perf_counter()
+                for _, number in itertools.product(range(steps), range(seeds)):
+                    states[number], _ = program.step(states[number], batch, rates, scales)
+                jax.block_until_ready(states)
+                ratios.append((middle - began) / (time.perf_counter() - middle))
+            found.append(Measurement(f"{seeds} seeds mapped / one by one, width {width}", "", ratios))
+    return found
+
+
 # What was measured, and where.
+
+
+def report(benchmark: str, arguments: argparse.Namespace, measurements: list[Measurement], **about: Any) -> None:
+    """Prints what was measured; with --output, keeps it as JSON."""
+    found = {
+        "benchmark": benchmark,
+        "date": now(),
+        "machine": machine(),
+        "experiment": arguments.experiment.name,
+        **about,
+        "measurements": [asdict(each) | {"median": each.value, "verdict": each.verdict} for each in measurements],
+    }
+    for key, value in found.items():
+        if key not in ("benchmark", "measurements"):
+            print(f"{key:<12} {value}")
+    print(f"\n{table(measurements)}")
+    if arguments.output is not None:
+        write_atomically(arguments.output, json.dumps(found, indent=2) + "\n")
 
 
 def table(measurements: list[Measurement]) -> str:
@@ -187,39 +292,43 @@ def table(measurements: list[Measurement]) -> str:
 
 
 def bench_train(arguments: argparse.Namespace) -> None:
-    if not arguments.experiment.is_file():
-        raise UserError(f"--experiment = {str(arguments.experiment)!r}: expected a YAML file")
     if arguments.rounds < 1 or arguments.steps < 2:
         raise UserError(f"--rounds = {arguments.rounds}, --steps = {arguments.steps}: expected at least 1 and 2")
     runs, about = measure_runs(arguments.experiment, arguments.rounds, arguments.steps)
     measurements = measure_compilation(arguments.rounds) + runs
-    report = {
-        "benchmark": "train",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "versions": about["versions"],
-        "experiment": arguments.experiment.name,
-        "steps": arguments.steps,
-        "mfu_formula": about["mfu"],
-        "measurements": [asdict(each) | {"median": each.value, "verdict": each.verdict} for each in measurements],
-    }
-    for key in ("date", "machine", "versions", "experiment", "mfu_formula"):
-        print(f"{key:<12} {report[key]}")
-    print(f"\n{table(measurements)}")
-    if arguments.output is not None:
-        write_atomically(arguments.output, json.dumps(report, indent=2) + "\n")
+    report(
+        "train", arguments, measurements, steps=arguments.steps, mfu_formula=about["mfu"], versions=about["versions"]
+    )
+
+
+def bench_studies(arguments: argparse.Namespace) -> None:
+    if min(arguments.rounds, arguments.rates, arguments.seeds) < 1:
+        raise UserError("--rounds, --rates, --seeds: expected at least 1 of each")
+    sweep, equal = measure_sweep(arguments.experiment, arguments.rounds, arguments.rates, arguments.seeds)
+    mapping = measure_mapping(arguments.experiment, arguments.rounds, arguments.seeds)
+    report("studies", arguments, sweep + mapping, versions=versions(), results_equal=equal)
 
 
 def main(argv: list[str]) -> None:
     parser = cli.Parser(prog="python -m cpmjax.bench", description="The project's own measurements.")
     benchmarks = parser.add_subparsers(title="what there is", metavar="BENCHMARK", required=True)
     train = benchmarks.add_parser("train", help="compile time by depth, start to first step, waiting, throughput, MFU")
-    train.add_argument("--experiment", type=Path, default=_EXPERIMENT, help="the run to measure (default: %(default)s)")
-    train.add_argument("--rounds", type=int, default=3, help="how often each is measured (default: %(default)s)")
     train.add_argument("--steps", type=int, default=60, help="of the runs with a filled cache (default: %(default)s)")
-    train.add_argument("--output", type=Path, help="a JSON file for the results")
-    train.set_defaults(run=bench_train)
+    train.set_defaults(run=bench_train, experiment=_EXPERIMENTS / "wsd.yaml", rounds=3)
+    studies = benchmarks.add_parser(
+        "studies", help="a sweep beside one process a trial, trials mapped into one program"
+    )
+    studies.add_argument("--rates", type=int, default=12, help="learning rates of the sweep (default: %(default)s)")
+    studies.add_argument("--seeds", type=int, default=3, help="seeds of each (default: %(default)s)")
+    studies.set_defaults(run=bench_studies, experiment=_EXPERIMENTS / "tunnel" / "family.yaml", rounds=1)
+    for each in (train, studies):
+        defaults = (each.get_default("experiment"), each.get_default("rounds"))
+        each.add_argument("--experiment", type=Path, default=defaults[0], help="what is run (default: %(default)s)")
+        each.add_argument("--rounds", type=int, default=defaults[1], help="how often (default: %(default)s)")
+        each.add_argument("--output", type=Path, help="a JSON file for the results")
     arguments = parser.parse_args(argv)
+    if not arguments.experiment.is_file():
+        raise UserError(f"--experiment = {str(arguments.experiment)!r}: expected a YAML file")
     arguments.run(arguments)
 
 

@@ -54,8 +54,12 @@ def study_coordinate_check(arguments: argparse.Namespace, config: Config) -> int
             if any((slope.parametrisation, slope.axis) == (name, axis.name) for slope in slopes):
                 print(coordinate_check.describe(slopes, name, axis.name), end="\n\n")
     for axis in axes:
-        figures.draw_coordinates(directory / f"{axis.name}.png", rows, slopes, axis.name)
-    found = [each for name in arguments.parametrisations for each in coordinate_check.verdicts(slopes, name)]
+        figures.save(figures.coordinates(rows, slopes, axis.name), directory / f"{axis.name}.png")
+    found = [
+        verdict
+        for name in arguments.parametrisations
+        for verdict in coordinate_check.verdicts(slopes, name, [axis.name for axis in axes])
+    ]
     found += [coordinate_check.control_verdict(slopes, name) for name in controls]
     return conclude("coordinate-check", config, directory, arguments, found, rows)
 
@@ -76,7 +80,7 @@ def study_transfer(arguments: argparse.Namespace, config: Config) -> int:
     families = transfer.families(rows)
     for family in families:
         print(transfer.describe(family), end="\n\n")
-    figures.draw_transfer(directory / "transfer.png", families)
+    figures.save(figures.transfer(families), directory / "transfer.png")
     found = [verdict for family in families for verdict in transfer.verdicts(family)]
     return conclude("transfer", config, directory, arguments, found, rows)
 

@@ -175,7 +175,10 @@ def operator_norms(
 
 @dataclass(frozen=True)
 class Slope:
-    """Of log2 of the mean over seeds, in log2 of the size of the model; NaN where a trial did not finish."""
+    """The power with which a quantity grows: of its log2 in log2 of the size of the model, mean over seeds.
+
+    NaN where a trial did not finish. `error` is the standard error over the seeds, NaN with only one.
+    """
 
     parametrisation: str
     axis: str
@@ -183,6 +186,7 @@ class Slope:
     kind: str  # size or change
     step: int
     value: float
+    error: float
 
     @property
     def spectral(self) -> bool:
@@ -203,12 +207,13 @@ class Slope:
         return abs(self.value) <= self.bar
 
     def __str__(self) -> str:
-        return f"{self.kind} of {self.quantity} at step {self.step}: slope {self.value:+.2f}"
+        error = "" if math.isnan(self.error) else f" ± {self.error:.2f}"
+        return f"{self.kind} of {self.quantity} at step {self.step}: slope {self.value:+.2f}{error}"
 
 
 def slopes(rows: Sequence[Row]) -> list[Slope]:
     """From the table of the trials. Over layers, the layers of a quantity are taken together."""
-    values: dict[tuple[str, str, str, str, int], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    layers: dict[tuple[str, str, str, str, int], dict[tuple[int, int], list[float]]] = {}
     incomplete = {(row["parametrisation"], row["axis"]) for row in rows if row["status"] != "finished"}
     for row in rows:
         if "quantity" not in row:
@@ -216,8 +221,26 @@ def slopes(rows: Sequence[Row]) -> list[Slope]:
         quantity = base_name(row["quantity"]) if row["axis"] == "layers" else row["quantity"]
         for kind in ("size", "change") if row["step"] else ("size",):
             key = (row["parametrisation"], row["axis"], quantity, kind, row["step"])
-            values[key][row[row["axis"]]].append(row[kind])
-    return [Slope(*key, math.nan if key[:2] in incomplete else _fit(by_size)) for key, by_size in values.items()]
+            place = (row[row["axis"]], row["seed"])
+            layers.setdefault(key, {}).setdefault(place, []).append(row[kind])
+    found = []
+    for key, places in layers.items():
+        by_size: dict[int, list[float]] = defaultdict(list)
+        for (size, _), values in places.items():
+            by_size[size].append(float(np.mean(values)))
+        value, error = (math.nan, math.nan) if key[:2] in incomplete else _fit(by_size)
+        found.append(Slope(*key, value, error))
+    return found
+
+
+def _fit(by_size: dict[int, list[float]]) -> tuple[float, float]:
+    """(slope, its standard error over seeds) of values by size, one a seed."""
+    values = np.array(list(by_size.values()))
+    if len(values) < 2 or not (np.isfinite(values).all() and (values > 0).all()):
+        return math.nan, math.nan
+    of_seeds = np.polyfit(np.log2(list(by_size)), np.log2(values), 1)[0]
+    error = of_seeds.std(ddof=1) / math.sqrt(len(of_seeds)) if len(of_seeds) > 1 else math.nan
+    return float(of_seeds.mean()), float(error)
 
 
 def _place(quantity: str) -> tuple[int, str]:
@@ -231,37 +254,39 @@ def base_name(quantity: str) -> str:
     return quantity.rstrip("0123456789").rstrip()
 
 
-def _fit(by_size: dict[int, list[float]]) -> float:
-    sizes = np.log2(list(by_size))
-    means = np.array([np.mean(found) for found in by_size.values()])
-    if not (np.isfinite(means).all() and (means > 0).all()) or len(sizes) < 2:
-        return math.nan
-    return float(np.polyfit(sizes, np.log2(means), 1)[0])
-
-
-def worst(found: Iterable[Slope]) -> Slope:
-    """The slope furthest over, or nearest to, its bar; a NaN is the worst."""
-    return max(found, key=lambda slope: math.inf if math.isnan(slope.value) else abs(slope.value) / slope.bar)
-
-
-def verdicts(found: Sequence[Slope], name: str) -> list[Verdict]:
-    """What the slopes say of a parametrisation: the steepest that counts, in each form of the check."""
-    mine = [slope for slope in found if slope.parametrisation == name and slope.judged]
+def verdicts(found: Sequence[Slope], name: str, axes: Iterable[str]) -> list[Verdict]:
+    """What the slopes say of a parametrisation: the steepest that counts, in each form of the check along `axes`."""
     forms = {
-        "coordinates over width": [slope for slope in mine if slope.axis == "width" and not slope.spectral],
-        "operator norms over width": [slope for slope in mine if slope.axis == "width" and slope.spectral],
-        "final hidden, logits over layers": [slope for slope in mine if slope.axis == "layers"],
+        "coordinates over width": ("width", BAR, lambda slope: not slope.spectral),
+        "operator norms over width": ("width", SPECTRAL_BAR, lambda slope: slope.spectral),
+        "final hidden, logits over layers": ("layers", BAR, lambda slope: True),
     }
-    steepest = {form: worst(slopes) for form, slopes in forms.items() if slopes}
-    return [Verdict(name, form, str(slope), f"<= {slope.bar:.2f}", slope.within) for form, slope in steepest.items()]
+    judged = [slope for slope in found if slope.parametrisation == name and slope.judged]
+    return [
+        _verdict(name, form, [slope for slope in judged if slope.axis == axis and belongs(slope)], bar)
+        for form, (axis, bar, belongs) in forms.items()
+        if axis in axes
+    ]
+
+
+def _verdict(name: str, form: str, slopes: list[Slope], bar: float) -> Verdict:
+    steepest = _steepest(slopes)
+    if steepest is None:
+        return Verdict(name, form, "no trial came to a step that counts", f"<= {bar:.2f}", False)
+    return Verdict(name, form, str(steepest), f"<= {bar:.2f}", steepest.within)
 
 
 def control_verdict(found: Sequence[Slope], name: str) -> Verdict:
     """Whether the check sees a planted fault: in at least one quantity, beyond the bar of that fault."""
-    mine = [slope for slope in found if slope.parametrisation == name and slope.judged and not slope.spectral]
-    steepest, bar = worst(mine), FAULTS[name].bar
-    caught = not abs(steepest.value) <= bar  # NaN, from a trial that diverged, is caught as well
-    return Verdict(f"fault {name}", "is caught", str(steepest), f"> {bar:.2f}", caught)
+    steepest = _steepest([s for s in found if s.parametrisation == name and s.judged and not s.spectral])
+    bar = FAULTS[name].bar
+    # A fault with which trials diverge is seen as well; their slopes are NaN.
+    caught = steepest is None or not abs(steepest.value) <= bar
+    return Verdict(f"fault {name}", "is caught", str(steepest or "every trial diverged"), f"> {bar:.2f}", caught)
+
+
+def _steepest(slopes: Iterable[Slope]) -> Slope | None:
+    return max(slopes, key=lambda slope: math.inf if math.isnan(slope.value) else abs(slope.value), default=None)
 
 
 def describe(found: Sequence[Slope], name: str, axis: str) -> str:

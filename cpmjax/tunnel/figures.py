@@ -18,23 +18,24 @@ from cpmjax.tunnel.transfer import Family
 
 _STEP_COLORS = dict(zip(STEPS, ("#9ca3af", "#93c5fd", "#3b82f6", "#1e3a8a"), strict=True))
 _BEYOND = "#fde2e0"  # behind a panel with a judged slope beyond its bar
-_WORST_SHOWN = 0.9  # nats above the best loss: what a figure of the transfer still shows
+_WORST_SHOWN = 0.6  # nats above the worst optimum: what a figure of the transfer still shows
 
 
-def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+def _figure(rows: int, columns: int, width: float, height: float, sharey: bool = False) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * columns, height * rows + 0.6), dpi=90, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    return figure, figure.subplots(rows, columns, squeeze=False, sharey=sharey)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: str | Path) -> None:
+    """Writes a figure as PNG, whole or not at all."""
     png = io.BytesIO()
     figure.savefig(png, format="png")
     write_atomically(path, png.getvalue())
 
 
-def draw_coordinates(path: Path, rows: Iterable[Row], slopes: Sequence[Slope], axis: str) -> None:
+def coordinates(rows: Iterable[Row], slopes: Sequence[Slope], axis: str) -> Any:
     """For each parametrisation (down) and quantity (across) mean |h - h_0| over the size of the model, by step.
 
     Of a quantity with layers the last one is drawn. Grey is mean |h| before the first step; a panel is shaded where
@@ -46,10 +47,8 @@ def draw_coordinates(path: Path, rows: Iterable[Row], slopes: Sequence[Slope], a
             # Rows come layer by layer: the last layer of a trial replaces the ones before it.
             place = row["parametrisation"], base_name(row["quantity"]), row["step"]
             values[place][row[axis], row["seed"]] = row["change" if row["step"] else "size"]
-    names = [*dict.fromkeys(name for name, _, _ in values)]
+    names = [*dict.fromkeys(slope.parametrisation for slope in slopes if slope.axis == axis)]
     quantities = [quantity for quantity in QUANTITIES if any(quantity == key[1] for key in values)]
-    if not names:  # every trial diverged before its first row
-        return
     figure, panels = _figure(len(names), len(quantities), 2.3, 2.1)
     for name, line in zip(names, panels, strict=True):
         for quantity, panel in zip(quantities, line, strict=True):
@@ -86,10 +85,10 @@ def draw_coordinates(path: Path, rows: Iterable[Row], slopes: Sequence[Slope], a
     figure.legend(
         *panels[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=4, frameon=False, fontsize=9
     )
-    _save(figure, path)
+    return figure
 
 
-def draw_transfer(path: Path, families: Sequence[Family]) -> None:
+def transfer(families: Sequence[Family]) -> Any:
     """A panel for each family: held-out loss at the end over the learning rate, a curve for each size.
 
     Bands span the seeds, a star marks each size's optimum. A point that diverged, or lies far above, is left out.
@@ -97,14 +96,16 @@ def draw_transfer(path: Path, families: Sequence[Family]) -> None:
     from matplotlib import colormaps
 
     columns = min(len(families), 3)
-    figure, panels = _figure(math.ceil(len(families) / columns), columns, 4.6, 3.8)
-    low = min(float(family.final.min()) for family in families)
+    figure, panels = _figure(math.ceil(len(families) / columns), columns, 4.6, 3.8, sharey=True)
+    bests = np.array([family.final.min(axis=1) for family in families]).ravel()
+    bests = bests[np.isfinite(bests)]
+    highest = bests.max(initial=0.0) + _WORST_SHOWN
     for panel, family in zip(panels.flat, families, strict=False):
         shades = colormaps["viridis"](np.linspace(0.05, 0.85, len(family.sizes)))
         for size, color, means, seeds, best in zip(
             family.sizes, shades, family.final, family.losses[-1], family.best, strict=True
         ):
-            shown = np.isfinite(means) & (means < low + _WORST_SHOWN + float(np.ptp(family.final.min(axis=1))))
+            shown = means < highest
             rates = np.array(family.rates)
             panel.plot(
                 rates[shown],
@@ -131,4 +132,4 @@ def draw_transfer(path: Path, families: Sequence[Family]) -> None:
         panel.legend(fontsize=8, frameon=False)
     for panel in panels.flat[len(families) :]:
         panel.set_visible(False)
-    _save(figure, path)
+    return figure

@@ -172,7 +172,7 @@ def families(rows: Iterable[Row]) -> list[Family]:
     for key, places in ended.items():
         sizes, rates, seeds = ([*dict.fromkeys(values)] for values in zip(*places, strict=True))
         rates = sorted(rates)
-        at = sorted(steps[key])
+        at = sorted(steps[key]) or [0]  # none if every trial diverged before its first evaluation
         losses = np.full((len(at), len(sizes), len(rates), len(seeds)), math.inf)
         for index in np.ndindex(losses.shape):
             step, size, rate, seed = (axis[i] for axis, i in zip((at, sizes, rates, seeds), index, strict=True))
@@ -203,11 +203,13 @@ def verdicts(family: Family) -> list[Verdict]:
 
 
 def describe(family: Family) -> str:
-    """A line for each size: its best rate, on the grid and between its points, and the loss there with its spread."""
+    """A line for each size: its best rate, on the grid and between its points, and the loss there with its spread;
+    then what the smallest one's best rate costs the largest."""
     rows = [(family.axis, "best rate", "between the points", "held-out loss", "spread of the seeds")]
     for size, best, between, means, seeds in zip(
         family.sizes, family.best, family.optima, family.final, family.losses[-1], strict=True
     ):
         spread = f"{np.ptp(seeds[best]):.4f}"
         rows.append((str(size), f"{family.rates[best]:g}", f"{between:.4g}", f"{means[best]:.4f}", spread))
-    return f"{family.name}\n{aligned(rows)}"
+    cost = f"the best rate of {family.axis} {family.sizes[0]} costs {family.sizes[-1]} {family.regret.mean():.4f} nats"
+    return f"{family.name}\n{aligned(rows)}\n{cost}"

@@ -49,7 +49,7 @@ class Moment(NamedTuple):
 
 
 class Program:
-    """The compiled functions of one shape."""
+    """The compiled functions of one shape; `function` is the step before it was compiled."""
 
     def __init__(self, config: Config, workbench: Workbench) -> None:
         self.config = config
@@ -70,6 +70,7 @@ class Program:
             return initial_state(model, optimizer, key, scales)
 
         scales, rates = as_arrays(mup.scales(model, "coupled")), Rates(np.float32(0), np.float32(0))
+        self.function = step
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
         self.step = jitted.lower(abstract, abstract_batch(config, self.by_row), rates, scales).compile()
         self.begin = jax.jit(begin, out_shardings=shardings).lower(jax.random.key(0), scales).compile()

@@ -88,15 +88,15 @@ def test_a_slope_is_the_power_of_the_size(power):
 @pytest.mark.parametrize("kind", ["size", "change"])
 def test_a_quantity_beyond_the_bar_fails_the_check_and_is_named(quantity, kind):
     for power, passes in ((0.19, True), (-0.19, True), (0.21, False), (-0.21, False)):
-        verdict = check.verdicts(check.slopes(made_up(power, quantity, kind)), "minicpm")[0]
+        verdict = check.verdicts(check.slopes(made_up(power, quantity, kind)), "minicpm", ["width"])[0]
         assert verdict.passed is passes
-        assert verdict.measured == f"{kind} of {quantity} at step 3: slope {power:+.2f}"
+        assert verdict.measured == f"{kind} of {quantity} at step 3: slope {power:+.2f} ± 0.00"
 
 
 def test_operator_norms_have_a_bar_of_their_own():
-    coordinates, norms = check.verdicts(check.slopes(made_up(0.3, "spectral gate")), "minicpm")
+    coordinates, norms = check.verdicts(check.slopes(made_up(0.3, "spectral gate")), "minicpm", ["width"])
     assert coordinates.passed and norms.passed and "spectral gate" in norms.measured
-    assert not check.verdicts(check.slopes(made_up(0.35, "spectral gate")), "minicpm")[1].passed
+    assert not check.verdicts(check.slopes(made_up(0.35, "spectral gate")), "minicpm", ["width"])[1].passed
 
 
 def test_depth_takes_layers_together_and_judges_what_leaves_the_stack():
@@ -104,9 +104,9 @@ def test_depth_takes_layers_together_and_judges_what_leaves_the_stack():
     by_name = {(s.quantity, s.kind, s.step): s for s in slopes}
     of_mean = np.polyfit([1, 2, 3, 4], np.log2([(1 + 2**n) / 2 for n in (1, 2, 3, 4)]), 1)[0]
     assert by_name["attention", "change", 3].value == pytest.approx(of_mean)
-    (verdict,) = check.verdicts(slopes, "minicpm")
+    (verdict,) = check.verdicts(slopes, "minicpm", ["layers"])
     assert verdict.passed and verdict.criterion.endswith("over layers")
-    (verdict,) = check.verdicts(check.slopes(made_up(0.25, "final hidden", axis="layers")), "minicpm")
+    (verdict,) = check.verdicts(check.slopes(made_up(0.25, "final hidden", axis="layers")), "minicpm", ["layers"])
     assert not verdict.passed and "final hidden" in verdict.measured
 
 
@@ -114,8 +114,15 @@ def test_a_trial_that_diverged_fails_the_check_and_counts_as_caught():
     rows = made_up(0.0, name="no_matrix_rate")
     rows.append({"parametrisation": "no_matrix_rate", "axis": "width", "width": 32, "seed": 0, "status": "diverged"})
     slopes = check.slopes(rows)
-    assert not check.verdicts(slopes, "no_matrix_rate")[0].passed
+    assert not check.verdicts(slopes, "no_matrix_rate", ["width"])[0].passed
     assert check.control_verdict(slopes, "no_matrix_rate").passed
+
+
+def test_trials_that_all_diverge_at_once_are_not_a_pass():
+    at_the_start = [row | {"status": "diverged"} for row in made_up(0.0, name="no_matrix_rate") if row["step"] == 0]
+    verdicts = check.verdicts(check.slopes(at_the_start), "no_matrix_rate", ["width"])
+    assert [verdict.passed for verdict in verdicts] == [False, False]
+    assert check.control_verdict(check.slopes(at_the_start), "no_matrix_rate").passed
 
 
 def test_a_fault_is_caught_beyond_its_own_bar():
@@ -147,7 +154,7 @@ def checked(tmp_path_factory):
 
 @pytest.mark.slow
 def test_minicpm_passes(checked):
-    verdicts = check.verdicts(checked, "minicpm")
+    verdicts = check.verdicts(checked, "minicpm", ["width"])
     assert len(verdicts) == 2 and all(verdict.passed for verdict in verdicts), verdicts
 
 
@@ -166,7 +173,7 @@ SHOWS = {
 def test_every_planted_fault_is_caught_where_it_is(checked, name):
     verdict = check.control_verdict(checked, name)
     assert verdict.passed, verdict
-    assert not check.verdicts(checked, name)[0].passed
+    assert not check.verdicts(checked, name, ["width"])[0].passed
     quantity, sign = SHOWS[name]
     mine = [s for s in checked if s.parametrisation == name and check.base_name(s.quantity) == quantity and s.judged]
     assert max(sign * slope.value for slope in mine) > FAULTS[name].bar, mine
