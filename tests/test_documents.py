@@ -60,7 +60,7 @@ def test_the_decay_experiment(folder):
     assert "a branch of" in result.stderr
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").rglob("*.yaml")), ids=lambda path: path.name)
 def test_every_experiment_says_what_it_shows_and_loads(path):
     text = path.read_text()
     assert text.startswith("# "), "an experiment opens with what it shows"
@@ -99,6 +99,28 @@ def test_every_training_command_of_the_readme(folder):
         assert result.returncode == 0, f"{command}\n{result.stderr}"
         ran += 1
     assert ran >= 3
+
+
+@pytest.mark.slow
+def test_every_study_of_the_readme_and_of_the_family(folder):
+    """Fewer and smaller trials; what such a short study finds is not asked, but it must come to a verdict."""
+    text = (ROOT / "experiments" / "tunnel" / "family.yaml").read_text()
+    listed = [*commands(), *re.findall(r"^#\s+(python -m cpmjax\.study .*?)(?:  .*)?$", text, re.MULTILINE)]
+    studies = [shlex.split(command) for command in listed if "cpmjax.study" in command]
+    assert len(studies) >= 6
+    small = ["--seeds=1", *SHORT[:2], "--schedule.stable=4"]
+    check = [*small, "--widths=32,64", "--layers="]
+    grid = [*small, "--rates=0.005,0.01,0.02", "--parametrisations=minicpm"]
+    for words in studies:
+        arguments = words[words.index("cpmjax.study") + 1 :]
+        arguments += check if "coordinate-check" in words else grid
+        if arguments[0] == "transfer" and not {"--layers", "--sizes"} & set(words):
+            arguments.append("--widths=32,64")
+        command = [sys.executable, "-m", "cpmjax.study", *arguments, f"--run.cache={folder / 'cache'}"]
+        command = [re.sub(r"^tunnel-9m,.*", "tunnel-9m,tunnel-30m", word) for word in command]
+        command = [re.sub(r"^2,4,8,16$", "1,2", word) for word in command]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+        assert done.returncode in (0, 1) and done.stdout.splitlines()[-1].startswith("verdict: "), done.stderr
 
 
 def test_every_python_block_of_the_readme(folder):
