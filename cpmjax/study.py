@@ -166,10 +166,19 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
         if argument.startswith("-") and "." not in argument.partition("=")[0]:
             flags = ", ".join(f"--{key.replace('_', '-')}" for key in vars(arguments) if key not in ("study", "name"))
             raise UserError(f"command line: unknown flag {argument}; expected one of {flags}, or --section.key=value")
-    del arguments.name
-    if not any(argument.endswith((".yaml", ".yml")) for argument in rest):
+    if not _names_a_file(rest):
         rest = [str(_EXPERIMENT), *rest]
-    return arguments, cli.load([f"--run.directory=runs/{argv[0]}", *rest], PRESETS, __doc__ or "")
+    study = vars(arguments).pop("name")
+    return arguments, cli.load([f"--run.directory=runs/{study}", *rest], PRESETS, __doc__ or "")
+
+
+def _names_a_file(arguments: Sequence[str]) -> bool:
+    """Whether a word is there that is neither a key nor, as in `--run.seed 1`, the value of the key before it."""
+    before = ["", *arguments[:-1]]
+    return any(
+        not word.startswith("-") and ("=" in key or not key.startswith("-"))
+        for key, word in zip(before, arguments, strict=False)
+    )
 
 
 def _add_coordinate_check(studies: Any) -> None:

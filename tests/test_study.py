@@ -20,6 +20,7 @@ import tunnel_jobs
 from cpmjax import study
 from cpmjax.run import cli
 from cpmjax.run.directory import Lines
+from cpmjax.run.errors import UserError
 from cpmjax.run.table import read_csv
 from cpmjax.tunnel.faults import FAULTS
 
@@ -246,8 +247,10 @@ def test_where_a_study_goes_by_itself():
     assert config.run.directory == "runs/transfer" and config.model.layers == 3 and arguments.seeds == 2
     _, config = study.parse(["coordinate-check"])
     assert config.run.directory == "runs/coordinate-check" and config.model.width == 64
-    _, config = study.parse(["coordinate-check", "--run.directory=elsewhere"])
-    assert config.run.directory == "elsewhere"
+    _, config = study.parse(["coordinate-check", "--run.directory=elsewhere", "--run.seed", "4"])
+    assert (config.run.directory, config.run.seed, config.model.width) == ("elsewhere", 4, 64)
+    with pytest.raises(UserError, match=r"^no_such_file: "):
+        study.parse(["coordinate-check", "no_such_file"])
 
 
 def test_help(capsys):

@@ -45,6 +45,7 @@ SPECTRAL_BAR = 1 / 3  # of an operator norm: within a factor of 2 over 8 times t
 QUANTITIES = (
     "embedding", "attention", "attention logits", "feed-forward", "residual stream", "final hidden", "logits"
 )  # fmt: skip
+LAYERED = ("attention", "attention logits", "feed-forward")  # of these there is one in each layer
 _PROBED_ROWS = 4
 _POWER_ITERATIONS = 100
 
@@ -123,9 +124,6 @@ def coordinates(
         "final hidden": tapped["final"],
         "logits": tapped["logits"],
     }
-
-
-LAYERED = ("attention", "feed-forward", "attention logits")
 
 
 @jax.jit

@@ -84,7 +84,6 @@ class Workbench:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.run.cache).expanduser() / "compiled"))
         self.mesh = make_mesh(config.mesh)
         self.tokenizer = make_tokenizer(config, say)
-        self._config = config
         self._stores = open_stores(config, self.tokenizer, say)
         self._texts: dict[str, Text] = {}
         self._programs: dict[str, Program] = {}
