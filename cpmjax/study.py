@@ -185,7 +185,12 @@ def _add_coordinate_check(studies: Any) -> None:
     parser = studies.add_parser(
         "coordinate-check", help="does any activation grow or shrink with the size of the model?"
     )
-    parser.add_argument("--widths", type=_whole_numbers, default=[64, 128, 256, 512], help="(default: 64,128,256,512)")
+    parser.add_argument(
+        "--widths",
+        type=_whole_numbers,
+        default=[64, 128, 256, 512],
+        help="a slope over less than 8 times the width is mostly noise (default: 64,128,256,512)",
+    )
     parser.add_argument(
         "--layers", type=_whole_numbers, default=[2, 4, 8, 16], help="empty: widths only (default: 2,4,8,16)"
     )

@@ -156,7 +156,9 @@ class Progress:
 
     def begin(self, trial: Trial) -> None:
         labels = " ".join(
-            str(value) if isinstance(value, str) else f"{key} {value:g}" for key, value in trial.labels.items()
+            str(value) if isinstance(value, str) else f"{key} {value:g}"
+            for key, value in trial.labels.items()
+            if key != "axis"  # the key of its value says the same
         )
         if self._bar is not None:
             self._bar.set_postfix_str(f"{labels}, ETA {self.left()}")
@@ -179,4 +181,4 @@ class Progress:
         return f"{minutes}:{seconds:02d}"
 
 
-_BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {postfix}]"
+_BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
