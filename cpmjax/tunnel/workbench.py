@@ -1,7 +1,8 @@
 """What the trials of a study share: text, devices, and one compiled training step for each shape.
 
 Learning rates, weight decays, seeds, initial scales and the multipliers of the forward pass enter the step as arrays,
-so that a sweep over them, or over whole parametrisations, compiles once a shape.
+so that a sweep over them, or over whole parametrisations, compiles once a shape. Trials run one after another: mapped
+into one program they took 1.2 to 1.4 times as long (`python -m cpmjax.bench studies`, two CPU cores, 2026-11-24).
 """
 
 from __future__ import annotations
