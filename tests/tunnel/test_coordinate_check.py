@@ -180,8 +180,9 @@ def test_every_planted_fault_is_caught_where_it_is(checked, name):
 
 
 @pytest.mark.slow
-def test_a_slow_embedding_shows_in_no_branch(checked):
-    """Why the check looks at embedding and logits: every branch passes (the paper's Table 7 read to the letter)."""
+def test_a_slow_embedding_hardly_shows_in_the_branches(checked):
+    """Why the check looks at embedding and logits: no branch comes to the bar of a fault (the paper's Table 7 read to
+    the letter)."""
     mine = [s for s in checked if s.parametrisation == "slow_embedding" and s.judged]
     branches = [s for s in mine if check.base_name(s.quantity) in ("attention", "feed-forward")]
     assert max(abs(s.value) for s in branches) < 0.40 < max(abs(s.value) for s in mine)
