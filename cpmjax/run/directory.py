@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cpmjax.run.cli import dump, read_yaml
+from cpmjax.run.cli import decode, dump, read_yaml
 from cpmjax.run.config import Config, differences, encode
 from cpmjax.run.errors import UserError
 
@@ -189,9 +189,10 @@ class RunDirectory:
     def check_resume(self, config: Config) -> dict[str, tuple[Any, Any]]:
         """Compares the stored configuration with the one to go on with: {key: (old, new)} of what may change.
 
-        What `run.accept_changes` covers is stored and noted in provenance.json. Raises UserError for anything else.
+        A key that is younger than the run has its default there. What `run.accept_changes` covers is stored and noted
+        in provenance.json. Raises UserError for anything else.
         """
-        changed = differences(self.read_config(), encode(config))
+        changed = differences(encode(decode(self.read_config(), str(self.config_file))), encode(config))
         accepted = config.run.accept_changes
         refused = [key for key in changed if not any(f"{key}.".startswith(f"{name}.") for name in accepted)]
         if refused:

@@ -56,8 +56,8 @@ def new_origin(config: Config) -> Origin:
     if run is None or step is None:
         return Origin({"kind": "trained"})
     parent = RunDirectory(run)
-    theirs = parent.read_config()
-    changed = [key for key in differences(theirs, encode(config)) if key.startswith("model.")]
+    theirs = cli.decode(parent.read_config(), str(parent.config_file))
+    changed = [key for key in differences(encode(theirs), encode(config)) if key.startswith("model.")]
     if changed:
         raise UserError(f"{', '.join(changed)}: expected as in {parent.path}, a branch goes on with the same model")
     store = Checkpoints(parent.checkpoints)
@@ -74,7 +74,7 @@ def new_origin(config: Config) -> Origin:
     facts = {
         "run": str(parent.path.resolve()),
         "step": step,
-        "fingerprint": fingerprint(cli.decode(theirs, str(parent.config_file))),
+        "fingerprint": fingerprint(theirs),
         "position": position["sequences"] if position is not None else 0,
         "moments": "restored" if moments else "fresh",
         "rewarmup": rewarmup,

@@ -301,6 +301,16 @@ def test_a_name_accepts_itself_and_what_is_below_it(run: RunDirectory) -> None:
     assert list(run.check_resume(change(data=data, run=accepting("data.tokenizer")))) == ["data.tokenizer.sample_bytes"]
 
 
+def test_a_key_that_is_younger_than_the_run_has_its_default_there(run: RunDirectory) -> None:
+    text = run.config_file.read_text()
+    older = text.replace("  layers_base: 8\n", "")
+    assert older != text
+    run.config_file.write_text(older)
+    assert run.check_resume(CONFIG) == {}
+    with pytest.raises(UserError, match=r"model\.layers_base: 8 -> 2"):
+        run.check_resume(change(model=dataclasses.replace(CONFIG.model, layers_base=2)))
+
+
 def test_another_kind_of_schedule(run: RunDirectory) -> None:
     with pytest.raises(UserError) as caught:
         run.check_resume(change(schedule=Cosine()))
