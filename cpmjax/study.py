@@ -61,7 +61,7 @@ def study_coordinate_check(arguments: argparse.Namespace, config: Config) -> int
         for verdict in coordinate_check.verdicts(slopes, name, [axis.name for axis in axes])
     ]
     found += [coordinate_check.control_verdict(slopes, name) for name in controls]
-    return conclude("coordinate-check", config, directory, arguments, found, rows)
+    return conclude("coordinate-check", config, trials, arguments, found)
 
 
 def study_transfer(arguments: argparse.Namespace, config: Config) -> int:
@@ -76,13 +76,12 @@ def study_transfer(arguments: argparse.Namespace, config: Config) -> int:
         ),
         transfer.measure,
     )
-    rows, directory = trials.rows(), trials.directory
-    families = transfer.families(rows)
+    families = transfer.families(trials.rows())
     for family in families:
         print(transfer.describe(family), end="\n\n")
-    figures.save(figures.transfer(families), directory / "transfer.png")
+    figures.save(figures.transfer(families), trials.directory / "transfer.png")
     found = [verdict for family in families for verdict in transfer.verdicts(family)]
-    return conclude("transfer", config, directory, arguments, found, rows)
+    return conclude("transfer", config, trials, arguments, found)
 
 
 def _axes(**values: list[Any]) -> list[Axis]:
@@ -105,9 +104,8 @@ def run(config: Config, planned: Sequence[Trial], measure: Callable[[Workbench, 
         trials = Trials(config.run.directory, planned, f"{measure.__module__} {workbench.recipe}")
         with trials.lock():
             trials.run(lambda trial: measure(workbench, trial))
-    rows = trials.rows()
-    failed = [row for row in rows if row["status"] == "failed"]
-    if len(failed) == len(rows):
+    failed = [outcome for outcome in trials.outcomes() if outcome["status"] == "failed"]
+    if len(failed) == len(trials.outcomes()):
         raise UserError(f"{trials.table_file}: every trial failed; the first one said: {failed[0]['message']}")
     return trials
 
@@ -115,16 +113,15 @@ def run(config: Config, planned: Sequence[Trial], measure: Callable[[Workbench, 
 def conclude(
     study: str,
     config: Config,
-    directory: Path,
+    trials: Trials,
     arguments: argparse.Namespace,
     found: list[Verdict],
-    rows: Sequence[Row],
 ) -> int:
     """Writes study.json, says where everything is and, in the last line, what was found: 0 if all holds, else 1."""
-    trials = {tuple(str(row.get(key)) for key in _LABELS): row for row in rows}.values()
-    failed = sum(row["status"] == "failed" for row in trials)
+    outcomes, directory = trials.outcomes(), trials.directory
+    failed = sum(outcome["status"] == "failed" for outcome in outcomes)
     if failed:
-        found = [*found, Verdict(study, "every trial ran", f"{failed} of {len(trials)} failed", "0", False)]
+        found = [*found, Verdict(study, "every trial ran", f"{failed} of {len(outcomes)} failed", "0", False)]
     asked = {key: value for key, value in vars(arguments).items() if key != "study"}
     report: dict[str, Any] = {
         "study": study,
@@ -137,15 +134,12 @@ def conclude(
     }
     write_atomically(directory / "study.json", json.dumps(report, indent=2) + "\n")
     for status in ("diverged", "failed"):
-        of_status = [row for row in trials if row["status"] == status]
-        if of_status:
-            print(f"{len(of_status)} of {len(trials)} trials {status}; the first one: {of_status[0]['message']}")
-    print(f"table {directory / 'trials.csv'}, figures {directory}/*.png, verdicts {directory / 'study.json'}\n")
+        messages = [outcome["message"] for outcome in outcomes if outcome["status"] == status]
+        if messages:
+            print(f"{len(messages)} of {len(outcomes)} trials {status}; the first one: {messages[0]}")
+    print(f"table {trials.table_file}, figures {directory}/*.png, verdicts {directory / 'study.json'}\n")
     print(describe(found))
     return 0 if all(verdict.passed for verdict in found) else 1
-
-
-_LABELS = ("parametrisation", "weight_decay", "axis", "width", "layers", "preset", "learning_rate", "seed")
 
 
 # The command line.

@@ -9,6 +9,7 @@ import sys
 import jax
 import jobs
 import pytest
+import tunnel_jobs
 
 from cpmjax import bench
 from cpmjax.run import cli
@@ -53,6 +54,20 @@ def test_train_measures_and_reports(tmp_path, capsys, monkeypatch):
     for each in measured:
         assert each["name"] in shown and f"{each['median']:.4g}" in shown
     assert str(report["machine"]) in shown
+
+
+@pytest.mark.slow
+def test_studies_compares_a_sweep_with_a_process_a_trial(tmp_path):
+    experiment, output = tunnel_jobs.experiment(tmp_path), tmp_path / "results.json"
+    cache = jax.config.values["jax_compilation_cache_dir"]
+    try:
+        bench.main(["studies", f"--experiment={experiment}", "--rates=2", "--seeds=1", f"--output={output}"])
+    finally:
+        jax.config.update("jax_compilation_cache_dir", cache)
+    report = json.loads(output.read_text())
+    assert report["benchmark"] == "studies" and report["results_equal"] is True
+    sweep, apart, share, *mapped = (each["median"] for each in report["measurements"])
+    assert share == pytest.approx(100 * sweep / apart) and len(mapped) == 2 and min(mapped) > 0
 
 
 def test_the_verdict_compares_the_median_with_the_bar():

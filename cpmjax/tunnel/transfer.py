@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from cpmjax.model import mup
 from cpmjax.run.config import Config
 from cpmjax.run.errors import UserError
 from cpmjax.run.table import Row, aligned
@@ -56,9 +57,11 @@ def make_trials(
 def _trial(config: Config, name: str, mode: str, axis: Axis, value: int | str, rate: float, seed: int) -> Trial:
     labels = {"parametrisation": name, "weight_decay": mode, "axis": axis.name, axis.name: value}
     optimizer = replace(config.optimizer, learning_rate=rate, weight_decay_mode=mode)  # type: ignore[arg-type]
-    if mode == "independent":
-        # What `coupled` removes at the experiment's own rate, so that the modes agree at the base size and that rate.
-        optimizer = replace(optimizer, weight_decay=config.optimizer.weight_decay * config.optimizer.learning_rate)
+    if (mode == "independent") != (config.optimizer.weight_decay_mode == "independent"):
+        # The modes agree on what is removed in a step at the base size and the experiment's own rate.
+        _, removed = mup.per_step(config.optimizer, 1.0)
+        decay = removed if mode == "independent" else removed / config.optimizer.learning_rate
+        optimizer = replace(optimizer, weight_decay=decay)
     experiment = replace(
         config,
         run=replace(config.run, seed=seed),

@@ -101,14 +101,17 @@ class Trials:
 
     def rows(self) -> list[Row]:
         """The table: the labels of each trial, its status, and one line for each row of its results."""
-        ended = {line["trial"]: line for line in self._lines()}
-        table = []
-        for name, trial in self._trials:
-            if name in ended:
-                line = ended[name]
-                facts = trial.labels | {key: line[key] for key in ("status", "message", "seconds")}
-                table += [facts | row for row in line["rows"] or [{}]]
-        return table
+        return [outcome | row for outcome, rows in self._results() for row in rows or [{}]]
+
+    def outcomes(self) -> list[Row]:
+        """One line for each trial that has ended: its labels, status, message and seconds."""
+        return [outcome for outcome, _ in self._results()]
+
+    def _results(self) -> list[tuple[Row, list[Row]]]:
+        lines = {line["trial"]: line for line in self._lines()}
+        ended = [(trial.labels, lines[name]) for name, trial in self._trials if name in lines]
+        facts = ("status", "message", "seconds")
+        return [(labels | {key: line[key] for key in facts}, line["rows"]) for labels, line in ended]
 
     def _lines(self) -> list[dict[str, Any]]:
         return Lines.read(self._ledger_file) if self._ledger_file.exists() else []

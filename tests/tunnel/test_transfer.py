@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import jobs
 import numpy as np
@@ -127,8 +128,12 @@ def test_a_grid_is_every_combination_once(config):
         assert trial.table == mup.PARAMETRISATIONS[labels["parametrisation"]]
 
 
-def test_the_modes_of_the_decay_agree_at_the_base_size_and_the_experiments_own_rate(config):
-    """What a matrix loses in one step of the stable stage, as a share of itself."""
+@pytest.mark.parametrize("own", ["coupled", "independent"])
+def test_the_modes_of_the_decay_agree_at_the_base_size_and_the_experiments_own_rate(config, own):
+    """What a matrix loses in one step of the stable stage, as a share of itself, whatever the experiment's own mode."""
+    decay = 0.1 if own == "coupled" else 0.002
+    optimizer = replace(config.optimizer, weight_decay_mode=own, weight_decay=decay)
+    config = replace(config, optimizer=optimizer)
     removed = {}
     for mode in ("coupled", "scaled", "independent"):
         for rate in (0.02, 0.08):
@@ -137,7 +142,7 @@ def test_the_modes_of_the_decay_agree_at_the_base_size_and_the_experiments_own_r
                 scales = mup.scales(trial.config.model, mode, trial.table)
                 decay = scales.leaves["layers"]["gate"].decay * mup.per_step(trial.config.optimizer, 1.0)[1]
                 removed[mode, rate, trial.config.model.width] = decay
-    base = 0.02 * config.optimizer.weight_decay
+    base = 0.002
     assert [removed[mode, 0.02, 16] for mode in ("coupled", "scaled", "independent")] == pytest.approx([base] * 3)
     assert removed["coupled", 0.08, 64] == pytest.approx(4 * base / 4)
     assert removed["scaled", 0.08, 64] == pytest.approx(4 * base)

@@ -128,7 +128,6 @@ def test_every_fault_is_one_replaced_entry():
             assert sum(before[key] != after[key] for key in before) == 1, name
 
 
-@pytest.mark.skipif(jax.device_count() > 1, reason="one device")
 def test_the_mesh_is_set_inside_only(config):
     with tunnel_jobs.workbench(config) as bench:
         assert jax.sharding.get_abstract_mesh().axis_names == bench.mesh.axis_names
