@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization
 from orbax.checkpoint import checkpoint_managers as policies
 
-from cpmjax.model.parameters import Tree
-from cpmjax.run.config import CheckpointConfig
-from cpmjax.run.errors import UserError
+from cpmjax.checkpoint import streaming
+from cpmjax.model.parameters import Tree, flat, path_name, specs
+from cpmjax.model.weights import Weights
+from cpmjax.run.config import CheckpointConfig, ModelConfig
+from cpmjax.run.errors import DiskFull, UserError
 
 
 class Checkpoints:
@@ -41,7 +44,7 @@ class Checkpoints:
                 cleanup_tmp_directories=writes,
                 preservation_policy=_preservation(rules) if rules is not None else None,
             )
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            self._manager = ocp.CheckpointManager(self.directory, options=options, handler_registry=_handlers())
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending."""
@@ -60,13 +63,44 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    parameters=ocp.args.StandardSave(parameters),
+                    parameters=ocp.args.StandardSave(
+                        parameters, save_args=jax.tree_util.tree_map_with_path(_by_layer, parameters)
+                    ),
                     optimizer=ocp.args.StandardSave(serialization.to_state_dict(optimizer)),
                     position=ocp.args.JsonSave(position),
                 ),
                 custom_metadata=metadata,
                 force=True,
             )
+
+    def save_weights(self, step: int, weights: Weights, metadata: dict[str, Any]) -> None:
+        """Writes a checkpoint of parameters alone, reading them slice by slice; returns when it is complete."""
+        with _quiet(), self._readable_errors():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(parameters=ocp.args.PyTreeSave(streaming.streamed(weights))),
+                custom_metadata=metadata,
+                force=True,
+            )
+            self._manager.wait_until_finished()
+
+    def delete(self, step: int) -> None:
+        with _quiet():
+            self._manager.delete(step)
+
+    def weights(self, step: int, config: ModelConfig) -> Weights:
+        """The parameters of a model of this shape, read slice by slice.
+
+        Raises UserError if the checkpoint holds other parameters.
+        """
+        stored = flat(self._item_metadata(step, "parameters"))
+        item = self._folder(step) / "parameters"
+        wanted = {path: spec.shape for path, spec in flat(specs(config)).items()}
+        found = {path: tuple(leaf.shape) for path, leaf in stored.items()}
+        if found != wanted:
+            wrong = sorted(path for path in found.keys() | wanted.keys() if found.get(path) != wanted.get(path))[0]
+            raise UserError(f"{item}: {wrong} is {found.get(wrong)}; the model of the run has {wanted.get(wrong)}")
+        return streaming.stored_weights(item, config, {path: np.dtype(leaf.dtype) for path, leaf in stored.items()})
 
     def parameters(self, step: int, abstract: Tree | None = None) -> Tree:
         """Parameters placed as the abstract tree says (any mesh), or on the default device."""
@@ -132,11 +166,30 @@ class Checkpoints:
         except Exception as error:
             # tensorstore reports a full disk as text; earlier checkpoints are untouched.
             if "No space left on device" in str(error):
-                raise UserError(
+                raise DiskFull(
                     f"no space left on the disk that holds {self.directory}: a checkpoint was not written; "
                     f"complete ones: {', '.join(map(str, self.steps())) or 'none'}"
                 ) from error
             raise
+
+
+def _handlers() -> Any:
+    """What writes and reads each kind of item."""
+    standard, plain = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    registry.add(None, ocp.args.StandardSave, standard)
+    registry.add(None, ocp.args.StandardRestore, standard)
+    registry.add(None, ocp.args.JsonSave, plain)
+    registry.add(None, ocp.args.JsonRestore, plain)
+    registry.add("parameters", ocp.args.PyTreeSave, streaming.item_handler())
+    return registry
+
+
+def _by_layer(path: tuple[Any, ...], array: jax.Array) -> ocp.SaveArgs:
+    """Cuts what is stacked over layers between them on disk: one layer reads alone."""
+    if not path_name(path).startswith("layers/"):
+        return ocp.SaveArgs()
+    return ocp.SaveArgs(chunk_byte_size=max(1, array.nbytes // array.shape[0]), shard_axes=(0,))
 
 
 @contextlib.contextmanager

@@ -6,3 +6,11 @@ class UserError(Exception):
 
     Jobs print it without a traceback and exit with code 2 (see `cpmjax.run.cli.main`).
     """
+
+
+class DiskFull(UserError):
+    """There is no room for what was being written; going on with something else would not find any either."""
+
+
+class Unreachable(UserError):
+    """The network brings nothing more; going on with another file would only lose what came of this one."""
