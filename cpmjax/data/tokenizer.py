@@ -7,7 +7,9 @@ import heapq
 import io
 import json
 import re
-from collections.abc import Iterable, Sequence
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -97,7 +99,11 @@ class Tokenizer:
 
     `text_start="plain"` encodes as sentencepiece does. `"prefix_space"` encodes as the fast Hugging Face tokenizer of
     MiniCPM does: a space goes before the text, and user-defined pieces of several characters are ordinary ones that
-    only merges build. Text never becomes a control token: "<s>" in it is three characters.
+    only merges build. Text never becomes a control token of the model: "<s>" in it is three characters.
+
+    `added_tokens` are texts with ids after the last piece, as MiniCPM-2B-128k has seven. They are cut out of a text
+    before all else, the leftmost and there the longest first, whoever wrote them. Each stretch between them is then a
+    text of its own: with "prefix_space" a space goes before every one that is not empty.
 
     decode(encode(text)) == text, except that U+2581, which stands for a space in the pieces, returns as a space.
     """
@@ -108,8 +114,13 @@ class Tokenizer:
         text_start: TextStart = "plain",
         chat_template: str | None = None,
         source: str | Path = "tokenizer",
+        added_tokens: Mapping[str, int] = {},
     ) -> None:
-        """`model` is a .model file; raises UserError naming `source` if it is not."""
+        """`model` is a .model file; raises UserError naming `source` if it is not.
+
+        The ids of `added_tokens` go on where the pieces end, without a gap, in any order; raises UserError for others,
+        and for a text that is a piece already.
+        """
         self.model = model
         self.text_start = text_start
         self.chat_template = chat_template
@@ -117,7 +128,11 @@ class Tokenizer:
         self._encoder = self._pieces
         if text_start == "prefix_space":
             self._encoder = _processor(_without_user_defined(model), source)
-        self.vocabulary: int = self._pieces.vocab_size()
+        self.added_tokens = _in_order(added_tokens, self._pieces, source)
+        self._added_texts = {token: text for text, token in self.added_tokens.items()}
+        longest_first = sorted(self.added_tokens, key=len, reverse=True)
+        self._added = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+        self.vocabulary: int = self._pieces.vocab_size() + len(self.added_tokens)
         self.bos: int = self._pieces.bos_id()
         self.eos: int = self._pieces.eos_id()
         if self.bos < 0 or self.eos < 0:
@@ -142,40 +157,62 @@ class Tokenizer:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"text_start": self.text_start, "added_tokens": {}, "chat_template": self.chat_template}
+        return {"text_start": self.text_start, "added_tokens": self.added_tokens, "chat_template": self.chat_template}
 
     @property
     def fingerprint(self) -> str:
         """64 hexadecimal digits; equal where every text gets the same ids."""
-        return hashlib.sha256(self.text_start.encode() + b"\n" + self.model).hexdigest()
+        added = f" {json.dumps(self.added_tokens)}" if self.added_tokens else ""
+        return hashlib.sha256(f"{self.text_start}{added}\n".encode() + self.model).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without begin and end of text."""
-        return self._encoder.encode(self._start(text))
+        return self._encode([text], threads=1)[0]
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """int32 ids of each text between begin and end of text; all cores work on the batch."""
-        starts = [self._start(text) for text in texts]
-        ids = self._encoder.encode(starts, add_bos=True, add_eos=True, num_threads=-1)
-        return [np.array(row, np.int32) for row in ids]
+        return [np.array([self.bos, *ids, self.eos], np.int32) for ids in self._encode(texts, threads=-1)]
+
+    def _encode(self, texts: Sequence[str], threads: int) -> list[list[int]]:
+        rows = [self._added.split(text) if self._added else [text] for text in texts]  # stretch, added, stretch, ...
+        stretches = [self._start(stretch) for row in rows for stretch in row[::2]]
+        encoded = iter(self._encoder.encode(stretches, num_threads=threads))
+        result = []
+        for row in rows:
+            ids = list(next(encoded))
+            for added in row[1::2]:
+                ids.append(self.added_tokens[added])
+                ids.extend(next(encoded))
+            result.append(ids)
+        return result
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of some ids; control tokens say nothing, bytes that are no UTF-8 become U+FFFD.
 
-        With "prefix_space" the ids are taken for a whole text: one space at its start is dropped.
+        With "prefix_space" the ids are taken for a whole text: one space at the start of each stretch is dropped.
+        Ids beyond the vocabulary, of which a model may have rows, say nothing either.
         """
-        text = self._pieces.decode([int(token) for token in ids])
+        known = [int(token) for token in ids if token < self.vocabulary]
+        return "".join(
+            "".join(self._added_texts[token] for token in group) if added else self._decode_stretch([*group])
+            for added, group in groupby(known, self._added_texts.__contains__)
+        )
+
+    def _decode_stretch(self, ids: list[int]) -> str:
+        text = self._pieces.decode(ids)
         return text.removeprefix(" ") if self.text_start == "prefix_space" else text
 
     def byte_lengths(self) -> np.ndarray:
         """int32 [vocabulary]: how many UTF-8 bytes of text each token stands for; 0 for control tokens and <unk>.
 
-        They add up to the bytes of an encoded text (and 1 for the space in front with "prefix_space").
+        They add up to the bytes of an encoded text (and 1 for each space in front with "prefix_space").
         """
         return np.array([self._byte_length(token) for token in range(self.vocabulary)], np.int32)
 
     def _byte_length(self, token: int) -> int:
         pieces = self._pieces
+        if token in self._added_texts:
+            return len(self._added_texts[token].encode())
         if pieces.is_control(token) or pieces.is_unknown(token):
             return 0
         return 1 if pieces.is_byte(token) else len(pieces.id_to_piece(token).replace(_SPACE, " ").encode())
@@ -188,9 +225,31 @@ def _processor(model: bytes, source: str | Path) -> sentencepiece.SentencePieceP
     processor = sentencepiece.SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(model)
-    except RuntimeError as error:
+        processor.id_to_piece(list(range(processor.vocab_size())))  # that all of them are text
+    except (RuntimeError, UnicodeDecodeError) as error:
         raise UserError(f"{source}: not a sentencepiece model; expected a .model file written by one") from error
     return processor
+
+
+def _in_order(
+    added: Mapping[str, int], pieces: sentencepiece.SentencePieceProcessor, source: str | Path
+) -> dict[str, int]:
+    """The added tokens by id. Raises UserError where an id does not follow its predecessor, or a text is a piece."""
+    for text, token in added.items():
+        if type(token) is not int or not text:
+            raise UserError(f"{source} with added token {_item(text, token)}; expected some text and a whole number")
+    ordered = dict(sorted(added.items(), key=lambda item: item[1]))
+    for expected, (text, token) in enumerate(ordered.items(), start=pieces.vocab_size()):
+        name = f"{source} with added token {_item(text, token)}"
+        if token != expected:
+            raise UserError(f"{name}; expected ids from {pieces.vocab_size()}, where the pieces end, without a gap")
+        if pieces.id_to_piece(piece := pieces.piece_to_id(text)) == text:
+            raise UserError(f"{name}; expected a text that is no piece, and it is piece {piece}")
+    return ordered
+
+
+def _item(text: str, token: object) -> str:
+    return f"{reprlib.repr(text)}: {reprlib.repr(token)}"
 
 
 def _without_user_defined(model: bytes) -> bytes:
@@ -214,6 +273,6 @@ def _read_settings(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: not the settings of a cpmjax tokenizer; {expected}")
     if settings["text_start"] not in get_args(TextStart):
         raise UserError(f"{file}: text_start = {settings['text_start']!r}; {expected}")
-    if settings.pop("added_tokens"):
-        raise UserError(f"{file}: tokens added to the model cannot be encoded; expected added_tokens to be empty")
+    if not isinstance(settings["added_tokens"], dict):
+        raise UserError(f"{file}: added_tokens = {reprlib.repr(settings['added_tokens'])}; expected ids by text")
     return settings

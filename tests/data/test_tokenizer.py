@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -125,8 +127,65 @@ def test_saving_and_loading_keep_everything(tmp_path):
         loaded = Tokenizer.load(path)
         assert (loaded.model, loaded.settings, loaded.fingerprint) == (saved.model, settings, saved.fingerprint)
     assert saved.fingerprint != trained().fingerprint
+    # Caches of earlier runs are keyed by it.
+    assert saved.fingerprint == hashlib.sha256(b"prefix_space\n" + saved.model).hexdigest()
     (tmp_path / "tokenizer.json").unlink()
     assert Tokenizer.load(tmp_path).text_start == "plain"
+
+
+MARKS = {"<|im_start|>": 1001, "<|im_end|>": 1000, "<|im_start|>user": 1002}
+
+
+@functools.cache
+def marked(text_start="plain") -> Tokenizer:
+    return Tokenizer(trained().model, text_start, added_tokens=MARKS)
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from([*MARKS, "<|im_", "user", " ", "  b", "\n", "é", "<s>"]), max_size=8).map("".join))
+def test_added_tokens_are_cut_out_and_each_stretch_is_a_text_of_its_own(text):
+    cut = re.split("(<[|]im_start[|]>user|<[|]im_start[|]>|<[|]im_end[|]>)", text)
+    for text_start in ("plain", "prefix_space"):
+        tokenizer, without = marked(text_start), trained(text_start)
+        expected = [[MARKS[part]] if part in MARKS else without.encode(part) for part in cut]
+        ids = tokenizer.encode(text)
+        assert ids == [token for part in expected for token in part]
+        assert tokenizer.decode(ids) == text
+        spaces = sum(text_start == "prefix_space" and bool(stretch) for stretch in cut[::2])
+        assert tokenizer.byte_lengths()[ids].sum() == len(text.encode()) + spaces
+        assert [row.tolist() for row in tokenizer.encode_documents(["x", text])] == [
+            [1, *without.encode("x"), 2],
+            [1, *ids, 2],
+        ]
+
+
+def test_added_tokens_are_part_of_the_tokenizer(tmp_path):
+    tokenizer = marked("prefix_space")
+    assert tokenizer.vocabulary == len(tokenizer.byte_lengths()) == 1003
+    assert list(tokenizer.added_tokens.values()) == [1000, 1001, 1002]
+    tokenizer.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    assert (loaded.settings, loaded.fingerprint) == (tokenizer.settings, tokenizer.fingerprint)
+    assert loaded.encode("<|im_end|>") == [1000]
+    shuffled = Tokenizer(tokenizer.model, "prefix_space", added_tokens=dict(reversed(MARKS.items())))
+    renamed = Tokenizer(tokenizer.model, "prefix_space", added_tokens={"<a>": 1000, "<b>": 1001, "<c>": 1002})
+    assert shuffled.fingerprint == tokenizer.fingerprint
+    assert len({item.fingerprint for item in (tokenizer, renamed, trained("prefix_space"), marked())}) == 4
+    # A model may have more rows than there are tokens.
+    assert tokenizer.decode([1000, 1003, 5000, 1001]) == "<|im_end|><|im_start|>"
+
+
+@pytest.mark.parametrize(
+    "added", [{"<a>": 1001}, {"<a>": 999}, {"<a>": 1000, "<b>": 1000}, {"<a>": 1000, "<b>": 10**12}]
+)
+def test_added_tokens_with_other_ids_than_the_next_are_refused(added):
+    message = one_line(lambda: Tokenizer(trained().model, added_tokens=added, source="here.model"))
+    assert "here.model" in message and f"{[*added][-1]!r}" in message and "expected ids from 1000" in message
+
+
+@pytest.mark.parametrize("added", [{"<s>": 1000}, {"\n": 1000}, {"": 1000}, {"<a>": True}, {"<a>": 1000.0}])
+def test_added_tokens_that_are_pieces_or_nothing_are_refused(added):
+    assert "expected" in one_line(lambda: Tokenizer(trained().model, added_tokens=added))
 
 
 def test_files_that_are_no_tokenizer_are_refused(tmp_path):
@@ -138,9 +197,12 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path):
         assert str(file) in message and "expected" in message
     file.write_bytes(trained().model)
     good = {"text_start": "plain", "added_tokens": {}, "chat_template": None}
-    for wrong in ({}, [], {"version": "1.0"}, good | {"text_start": "x"}, good | {"added_tokens": {"<a>": 1000}}):
+    for wrong in ({}, [], {"version": "1.0"}, good | {"text_start": "x"}, good | {"added_tokens": ["<a>"]}):
         (tmp_path / "tokenizer.json").write_text(json.dumps(wrong))
         assert "tokenizer.json" in one_line(Tokenizer.load, tmp_path)
+    for added in ({"<a>": "1000"}, {"<a>": 1001}):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(good | {"added_tokens": added}))
+        assert f"{file} with added token '<a>': " in one_line(Tokenizer.load, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["en_peps", "zh_d2l", "math_stacks_tex"])
@@ -168,9 +230,15 @@ def test_both_text_starts_give_the_published_ids(name):
         text = case["text"]
         assert plain.encode(text) == case["sentencepiece"]
         assert plain.decode(case["sentencepiece"]) == case["decode_sentencepiece"]
-        if "<s>" not in text:  # the Hugging Face tokenizer makes a control token of it, this one never does
+        assert prefixed.decode(case["hf_fast"]) == case["decode_hf_fast"]
+        if "<s>" in text:  # both Hugging Face tokenizers make a control token of it, this one never does
+            assert case["hf_fast"][:2] == case["hf_slow"][:2] == [1, 1]
+            assert 1 not in prefixed.encode(text) and prefixed.decode(prefixed.encode(text)) == text
+        else:  # apart from that the slow one is sentencepiece alone
             assert [1, *prefixed.encode(text)] == case["hf_fast"]
-            assert prefixed.decode(case["hf_fast"]) == case["decode_hf_fast"]
+            assert [1, *plain.encode(text)] == case["hf_slow"]
+    for marker, pieces in (("<用户>", 3), ("<AI>", 3)):
+        assert len(plain.encode(marker)) == len(prefixed.encode(marker)) == pieces
 
 
 def test_the_tiny_tokenizer_gives_its_golden_ids():
