@@ -147,7 +147,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{_COMMAND_LINE}: {message}; expected as in: {' '.join(self.format_usage().split())}")
+        raise UserError(f"{_COMMAND_LINE}: {message}; expected what {self.prog} --help says")
 
 
 # Checks of a tree against the dataclasses.
@@ -248,6 +248,14 @@ def decode(tree: Tree, source: str) -> Config:
     return _resolve([(tree, source)])
 
 
+def override(tree: Tree, source: str, keys: Sequence[str]) -> Config:
+    """The configuration in a tree, `source` in errors, with what --section.key=value of a command line replaces."""
+    files, overrides = _arguments(keys)
+    if files:
+        raise UserError(f"{_COMMAND_LINE}: unexpected {files[0]}; expected --section.key=value")
+    return _resolve([(tree, source), (overrides, _COMMAND_LINE)])
+
+
 def load(argv: Sequence[str], presets: Mapping[str, Mapping[str, Any]], usage: str) -> Config:
     """The configuration that a command line asks for.
 
@@ -271,9 +279,15 @@ def load(argv: Sequence[str], presets: Mapping[str, Mapping[str, Any]], usage: s
 
     parent_directory = _given(user, "branch", "run")
     if not isinstance(parent_directory, str):
-        return _resolve(layers)
+        return _with_corpora(_resolve(layers))
     parent, source = _read_parent(Path(parent_directory).expanduser())
-    return _branch(_resolve([(parent, source), *layers]), user)
+    return _branch(_with_corpora(_resolve([(parent, source), *layers])), user)
+
+
+def _with_corpora(config: Config) -> Config:
+    if not config.data.corpora:
+        raise UserError("data.corpora = {}: expected at least one corpus")
+    return config
 
 
 def _read_parent(directory: Path) -> tuple[Tree, str]:

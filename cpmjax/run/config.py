@@ -190,9 +190,8 @@ class DataConfig:
     tokenizer: TokenizerConfig = TokenizerConfig()
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        if not self.corpora:
-            yield "corpora", "at least one corpus"
-        if not self.stable:
+        # Weights that were imported have no corpora: `cpmjax.run.cli.load` asks an experiment for one.
+        if self.corpora and not self.stable:
             yield "stable", "the weight of at least one corpus"
         for stage in ("stable", "decay"):
             for name, weight in getattr(self, stage).items():

@@ -183,7 +183,7 @@ class RunDirectory:
             "command": shlex.join(sys.orig_argv),
             "seed": config.run.seed,
         }
-        self._write_provenance(provenance | circumstances)
+        self.write_provenance(provenance | circumstances)
         write_atomically(self.config_file, dump(config))
 
     def check_resume(self, config: Config) -> dict[str, tuple[Any, Any]]:
@@ -208,7 +208,7 @@ class RunDirectory:
             # The same change twice in a row is one whose config.yaml a kill prevented.
             if [entry["keys"] for entry in provenance.get("changes", [])][-1:] != [change]:
                 provenance["changes"] = [*provenance.get("changes", []), {"time": now(), "keys": change}]
-                self._write_provenance(provenance)
+                self.write_provenance(provenance)
             write_atomically(self.config_file, dump(config))
         return changed
 
@@ -224,7 +224,7 @@ class RunDirectory:
         except (FileNotFoundError, ValueError) as error:
             raise UserError(f"{self.provenance_file}: expected a JSON object, as written when a run begins") from error
 
-    def _write_provenance(self, provenance: dict[str, Any]) -> None:
+    def write_provenance(self, provenance: dict[str, Any]) -> None:
         write_atomically(self.provenance_file, json.dumps(provenance, indent=2) + "\n")
 
 

@@ -62,8 +62,9 @@ def new_origin(config: Config) -> Origin:
         raise UserError(f"{', '.join(changed)}: expected as in {parent.path}, a branch goes on with the same model")
     store = Checkpoints(parent.checkpoints)
     stages = {each: store.metadata(each).get("stage") for each in store.steps()}
-    if stages.get(step) != "stable":
-        stable = ", ".join(str(each) for each, stage in stages.items() if stage == "stable") or "none"
+    # Of an imported checkpoint nobody may know the stage; whoever branches there does.
+    if stages.get(step) not in ("stable", "imported"):
+        stable = ", ".join(str(each) for each, stage in stages.items() if stage in ("stable", "imported")) or "none"
         found = f"is in the stage {stages[step]}" if step in stages else "has no checkpoint"
         raise UserError(f"branch.step = {step} of {parent.path} {found}; expected a stable checkpoint: {stable}")
     moments = store.has_optimizer(step)
