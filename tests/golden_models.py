@@ -1,4 +1,7 @@
-"""The golden fixtures as models: tiny checkpoints with the numbers of the original PyTorch code (tests/golden)."""
+"""The golden fixtures as models: tiny checkpoints with the numbers of the original PyTorch code (tests/golden).
+
+What reads them here is not what the package reads them with, so that a wrong name or transpose there shows.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,14 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from safetensors.flax import load_file
 
 from cpmjax.model.transformer import MiniCPM
 from cpmjax.run.config import ComputeConfig, ModelConfig
 
 GOLDEN = Path(__file__).parent / "golden"
+MORE = Path(__file__).parents[2] / "shared/golden"  # fixtures that are no part of the project
 
 # our leaf of a layer -> the original's, whose matrices are stored [output, input]
 LAYER_NAMES = {
@@ -28,6 +33,14 @@ LAYER_NAMES = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
+
+
+def folder(name: str) -> Path:
+    """Where a fixture lies. Skips the test where it is missing."""
+    for home in (GOLDEN, MORE):
+        if (home / name).exists():
+            return home / name
+    pytest.skip(f"needs {MORE / name}")
 
 
 def config(name: str, **changes: Any) -> ModelConfig:
@@ -69,5 +82,13 @@ def load(name: str, compute: ComputeConfig = ComputeConfig(), **changes: Any) ->
 
 
 def expected(name: str, file: str = "expected.npz") -> dict[str, np.ndarray]:
-    with np.load(GOLDEN / name / file) as arrays:
+    with np.load(folder(name) / file) as arrays:
         return {key: arrays[key] for key in arrays}
+
+
+def difference(model: MiniCPM, numbers: dict[str, np.ndarray], logits: str = "logits") -> np.ndarray:
+    """|logits - expected|, [places, vocabulary]: of every place of `input_ids` that is no padding."""
+    tokens = np.atleast_2d(numbers["input_ids"]).astype(np.int32)
+    real = numbers.get("attention_mask", np.ones_like(tokens))
+    found = np.asarray(model(tokens, segments_BL=jnp.asarray(real, jnp.int32)))
+    return np.abs(found - numbers[logits].reshape(found.shape))[real == 1]

@@ -102,6 +102,19 @@ def test_every_training_command_of_the_readme(folder):
 
 
 @pytest.mark.slow
+def test_every_conversion_of_the_readme(folder):
+    """In the order of the README: each finds what the ones before it made."""
+    (folder / "tests").symlink_to(ROOT / "tests")
+    conversions = [shlex.split(command) for command in commands() if "cpmjax.convert" in command]
+    assert len(conversions) >= 5
+    for words in conversions:
+        command = [sys.executable, *words[1:]]
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, f"{shlex.join(words)}\n{result.stderr}"
+    assert (folder / "runs" / "from_gguf" / "checkpoints" / "0").is_dir()
+
+
+@pytest.mark.slow
 def test_every_study_of_the_readme_and_of_the_family(folder):
     """Fewer and smaller trials; what such a short study finds is not asked, but it must come to a verdict."""
     text = (ROOT / "experiments" / "tunnel" / "family.yaml").read_text()
