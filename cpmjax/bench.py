@@ -2,6 +2,7 @@
 
 usage: python -m cpmjax.bench train   [--experiment YAML] [--rounds N] [--steps N] [--output FILE.json]
        python -m cpmjax.bench studies [--experiment YAML] [--rounds N] [--rates N] [--seeds N] [--output FILE.json]
+       python -m cpmjax.bench convert [--folder F] [--preset NAME] [--rounds N] [--mutants N] [--output FILE.json]
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import itertools
 import json
 import multiprocessing
+import os
 import re
 import signal
 import statistics
@@ -169,7 +171,10 @@ def measure_runs(experiment: Path, rounds: int, steps: int) -> tuple[list[Measur
             waiting.samples.append(_share_of_waiting(said))
             speed.samples.append(statistics.median(record["tokens_per_second"] for record in records))
             mfu.samples.append(100 * statistics.median(record["mfu"] for record in records))
-            about = {"mfu": re.findall("^MFU = .*$", said, re.MULTILINE)[0], "versions": run.provenance()["versions"]}
+            about = {
+                "mfu_formula": re.findall("^MFU = .*$", said, re.MULTILINE)[0],
+                "versions": run.provenance()["versions"],
+            }
     return [first, later, waiting, speed, mfu], about
 
 
@@ -261,6 +266,51 @@ def measure_mapping(experiment: Path, rounds: int, seeds: int) -> list[Measureme
     return found
 
 
+# Conversions, and files made to harm: scripts of experiments/benchmarks.
+
+
+def measure_conversions(folder: Path | None, preset: str, rounds: int) -> list[Measurement]:
+    """A model converted to every format and from it, beside `cp` of its file in the same round."""
+    with tempfile.TemporaryDirectory(prefix="cpmjax-bench-") as name:
+        lines = _script("full_size.py", str(folder or name), f"--rounds={rounds}", f"--preset={preset}")
+    conversions: dict[str, list[dict[str, Any]]] = {}
+    for each in map(json.loads, lines):
+        conversions.setdefault(each["name"], []).append(each)
+    found = []
+    for name, samples in conversions.items():
+        found.append(Measurement(name, "s", [each["seconds"] for each in samples]))
+        if name != "cp":
+            found.append(Measurement(f"{name}, times as long as cp", "", [each["ratio"] for each in samples], bar=3.0))
+        memory = [each["anonymous_bytes"] / 1e9 for each in samples]
+        found.append(Measurement(f"{name}, anonymous memory at most", "GB", memory, bar=3.0))
+        found.append(Measurement(f"{name}, written", "GB", [each["written_bytes"] / 1e9 for each in samples]))
+    return found
+
+
+def measure_readers(mutants: int) -> list[Measurement]:
+    """Of so many damaged files for each reader of weights, those that it neither reads nor refuses as it should."""
+    found = []
+    for line in _script("fuzz_readers.py", f"--mutants={mutants}", accepted=(0, 1))[1:]:
+        if line.startswith(" "):  # where the mutant of a finding is kept
+            print(line, file=sys.stderr)
+            continue
+        reader, tried, _, _, findings, _ = re.split("  +", line)
+        found.append(Measurement(f"findings among {tried} mutants, {reader}", "", [int(findings.replace(",", ""))], 0))
+    return found
+
+
+def _script(name: str, *arguments: str, accepted: tuple[int, ...] = (0,)) -> list[str]:
+    """The lines that it prints. Raises UserError if it ends with another exit code than the accepted."""
+    script = _EXPERIMENTS / "benchmarks" / name
+    # What is measured is the package beside the scripts, not one that is installed.
+    environment = os.environ | {"PYTHONPATH": str(_EXPERIMENTS.parent)}
+    command = [sys.executable, str(script), *arguments]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode not in accepted:
+        raise UserError(f"{script}: exit code {done.returncode}; expected results, see above")
+    return done.stdout.splitlines()
+
+
 # What was measured, and where.
 
 
@@ -270,7 +320,6 @@ def report(benchmark: str, arguments: argparse.Namespace, measurements: list[Mea
         "benchmark": benchmark,
         "date": now(),
         "machine": machine(),
-        "experiment": arguments.experiment.name,
         **about,
         "measurements": [asdict(each) | {"median": each.value, "verdict": each.verdict} for each in measurements],
     }
@@ -296,9 +345,8 @@ def bench_train(arguments: argparse.Namespace) -> None:
         raise UserError(f"--rounds = {arguments.rounds}, --steps = {arguments.steps}: expected at least 1 and 2")
     runs, about = measure_runs(arguments.experiment, arguments.rounds, arguments.steps)
     measurements = measure_compilation(arguments.rounds) + runs
-    report(
-        "train", arguments, measurements, steps=arguments.steps, mfu_formula=about["mfu"], versions=about["versions"]
-    )
+    about = {"experiment": arguments.experiment.name, "steps": arguments.steps, **about}
+    report("train", arguments, measurements, **about)
 
 
 def bench_studies(arguments: argparse.Namespace) -> None:
@@ -306,7 +354,16 @@ def bench_studies(arguments: argparse.Namespace) -> None:
         raise UserError("--rounds, --rates, --seeds: expected at least 1 of each")
     sweep, equal = measure_sweep(arguments.experiment, arguments.rounds, arguments.rates, arguments.seeds)
     mapping = measure_mapping(arguments.experiment, arguments.rounds, arguments.seeds)
-    report("studies", arguments, sweep + mapping, versions=versions(), results_equal=equal)
+    about = {"experiment": arguments.experiment.name, "versions": versions(), "results_equal": equal}
+    report("studies", arguments, sweep + mapping, **about)
+
+
+def bench_convert(arguments: argparse.Namespace) -> None:
+    if min(arguments.rounds, arguments.mutants) < 1:
+        raise UserError("--rounds, --mutants: expected at least 1 of each")
+    conversions = measure_conversions(arguments.folder, arguments.preset, arguments.rounds)
+    readers = measure_readers(arguments.mutants)
+    report("convert", arguments, conversions + readers, preset=arguments.preset, versions=versions())
 
 
 def main(argv: list[str]) -> None:
@@ -321,13 +378,22 @@ def main(argv: list[str]) -> None:
     studies.add_argument("--rates", type=int, default=12, help="learning rates of the sweep (default: %(default)s)")
     studies.add_argument("--seeds", type=int, default=3, help="seeds of each (default: %(default)s)")
     studies.set_defaults(run=bench_studies, experiment=_EXPERIMENTS / "tunnel" / "family.yaml", rounds=1)
+    convert = benchmarks.add_parser(
+        "convert", help="a MiniCPM-2B to every format and from it, beside cp; damaged files for every reader"
+    )
+    convert.add_argument("--folder", type=Path, help="where the models are made and kept (default: a temporary one)")
+    convert.add_argument("--preset", choices=PRESETS, default="minicpm-2b", help="which model (default: %(default)s)")
+    convert.add_argument("--mutants", type=int, default=100_000, help="for each reader (default: %(default)s)")
+    convert.set_defaults(run=bench_convert, rounds=3)
     for each in (train, studies):
-        defaults = (each.get_default("experiment"), each.get_default("rounds"))
-        each.add_argument("--experiment", type=Path, default=defaults[0], help="what is run (default: %(default)s)")
-        each.add_argument("--rounds", type=int, default=defaults[1], help="how often (default: %(default)s)")
+        default = each.get_default("experiment")
+        each.add_argument("--experiment", type=Path, default=default, help="what is run (default: %(default)s)")
+    for each in (train, studies, convert):
+        rounds = each.get_default("rounds")
+        each.add_argument("--rounds", type=int, default=rounds, help="how often (default: %(default)s)")
         each.add_argument("--output", type=Path, help="a JSON file for the results")
     arguments = parser.parse_args(argv)
-    if not arguments.experiment.is_file():
+    if "experiment" in arguments and not arguments.experiment.is_file():
         raise UserError(f"--experiment = {str(arguments.experiment)!r}: expected a YAML file")
     arguments.run(arguments)
 

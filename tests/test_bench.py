@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from pathlib import Path
 
 import jax
 import jobs
@@ -13,6 +14,11 @@ import tunnel_jobs
 
 from cpmjax import bench
 from cpmjax.run import cli
+from cpmjax.run.config import ModelConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments" / "benchmarks"))
+
+import full_size
 
 
 @pytest.mark.slow
@@ -70,6 +76,40 @@ def test_studies_compares_a_sweep_with_a_process_a_trial(tmp_path):
     assert share == pytest.approx(100 * sweep / apart) and len(mapped) == 2 and min(mapped) > 0
 
 
+@pytest.mark.slow
+def test_convert_measures_every_conversion_and_every_reader(tmp_path, capsys):
+    folder, output = tmp_path / "models", tmp_path / "results.json"
+    arguments = [f"--folder={folder}", "--preset=tunnel-9m", "--rounds=1", "--mutants=20", f"--output={output}"]
+    bench.main(["convert", *arguments])
+    report = json.loads(output.read_text())
+    assert report["benchmark"] == "convert" and report["preset"] == "tunnel-9m" and "experiment" not in report
+    found = {each["name"]: each for each in report["measurements"]}
+    for name in ("bin -> run", "safetensors -> run", "run -> hf", "run -> llama", "run -> gguf, q8_0", "gguf -> run"):
+        ratio = found[f"{name}, times as long as cp"]
+        assert ratio["median"] == pytest.approx(found[name]["median"] / found["cp"]["median"]) and ratio["bar"] == 3
+        # No process imports jax in less, and a model of 0.1 GB takes no more.
+        assert 0.05 < found[f"{name}, anonymous memory at most"]["median"] < 1.5
+    written = {name: found[f"{name}, written"]["median"] for name in ("cp", "run -> hf", "run -> gguf, q8_0")}
+    assert written["run -> hf"] == pytest.approx(written["cp"], rel=0.01)
+    assert written["run -> gguf, q8_0"] / written["cp"] == pytest.approx(34 / 64, rel=0.01)  # bytes of 32 numbers
+    findings = [each for name, each in found.items() if "findings among 20 mutants" in name]
+    assert len(findings) >= 6 and all(each["median"] == each["bar"] == 0 for each in findings)
+    assert sorted(path.name for path in folder.iterdir()) == ["bin", "safetensors"]  # products are gone
+    assert "anonymous memory at most" in capsys.readouterr().out
+
+
+def test_the_file_that_is_converted_is_what_torch_loads(tmp_path):
+    torch = pytest.importorskip("torch")
+    config = ModelConfig(vocabulary=70, width=32, layers=2, heads=2, feed_forward=48)
+    full_size.make(tmp_path, config)
+    state = torch.load(tmp_path / "bin" / "pytorch_model.bin", weights_only=True)
+    assert sum(tensor.numel() for tensor in state.values()) == 70 * 32 + 32 + 2 * (4 * 32**2 + 3 * 32 * 48 + 2 * 32)
+    assert 0.015 < state["model.embed_tokens.weight"].float().std() < 0.025
+    tensors = pytest.importorskip("safetensors.torch").load_file(tmp_path / "safetensors" / "model.safetensors")
+    assert tensors.keys() == state.keys()
+    assert all(tensor.dtype == torch.bfloat16 and torch.equal(tensor, state[name]) for name, tensor in tensors.items())
+
+
 def test_the_verdict_compares_the_median_with_the_bar():
     samples = [1.0, 1.1, 30.0]
     assert bench.Measurement("", "s", samples, bar=1.1).verdict == "within"
@@ -91,6 +131,8 @@ def test_the_share_of_waiting_is_read_from_the_job_s_last_words():
         (["train", "--rounds=0"], "--rounds = 0"),
         (["train", "--experiment=nowhere.yaml"], "nowhere.yaml"),
         (["train", "--fast"], "--fast"),
+        (["convert", "--mutants=0"], "--mutants"),
+        (["convert", "--preset=minicpm-9000b"], "minicpm-9000b"),
     ],
 )
 def test_bad_arguments_are_one_line(argv, message, capsys, monkeypatch):
