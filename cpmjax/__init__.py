@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cpmjax.formats.loading import load, load_tokenizer
     from cpmjax.run.errors import UserError
+    from cpmjax.sampling.sampler import Sampler
 
 _HOMES = {
+    "Sampler": "cpmjax.sampling.sampler",
     "UserError": "cpmjax.run.errors",
     "load": "cpmjax.formats.loading",
     "load_tokenizer": "cpmjax.formats.loading",
 }
 
-__all__ = ["UserError", "load", "load_tokenizer"]
+__all__ = ["Sampler", "UserError", "load", "load_tokenizer"]
 
 
 def __getattr__(name: str) -> Any:

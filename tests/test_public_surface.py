@@ -40,7 +40,7 @@ def run(tmp_path_factory):
 
 
 def test_names():
-    assert set(cpmjax.__all__) == {"UserError", "load", "load_tokenizer"}
+    assert set(cpmjax.__all__) == {"Sampler", "UserError", "load", "load_tokenizer"}
     assert all(hasattr(cpmjax, name) and name in dir(cpmjax) for name in cpmjax.__all__)
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         cpmjax.lode  # noqa: B018
@@ -53,6 +53,11 @@ def signature(function) -> dict[str, object]:
 def test_signatures():
     assert signature(cpmjax.load) == {"path": inspect.Parameter.empty, "step": None, "compute": None}
     assert signature(cpmjax.load_tokenizer) == {"path": inspect.Parameter.empty}
+    empty = inspect.Parameter.empty
+    made = {"model": empty, "tokenizer": None, "cache_dtype": "compute", "max_batch": None}
+    assert signature(cpmjax.Sampler) == made
+    called = {"max_new_tokens": 64, "n": 1, "stop": (), "stop_ids": None, "logprobs": 0, "prompt_logprobs": False}
+    assert signature(cpmjax.Sampler.__call__) == {"self": empty, "prompts": empty, **called, "options": empty}
 
 
 def test_keys_that_do_not_change(tmp_path):

@@ -18,7 +18,6 @@ from flax import nnx
 
 from cpmjax.model import mup, rotary
 from cpmjax.model.attention import Places, attend
-from cpmjax.model.cache import Cache, LayerCache
 from cpmjax.model.linear import linear
 from cpmjax.model.parameters import Tree
 from cpmjax.parallel.sharding import constrain
@@ -44,14 +43,11 @@ class Surroundings(NamedTuple):
 
     residual: mup.Number  # multiplies each branch
     rotary: tuple[jax.Array, jax.Array]
-    queries: Places
-    keys: Places
+    places: Places
 
 
-def block(
-    config: ModelConfig, leaves: Tree, x_BLD: jax.Array, around: Surroundings, cache: LayerCache | None = None
-) -> tuple[jax.Array, LayerCache | None, Tree]:
-    """One layer -> (x, its cache with the new tokens, its tappable values)."""
+def block(config: ModelConfig, leaves: Tree, x_BLD: jax.Array, around: Surroundings) -> tuple[jax.Array, Tree]:
+    """One layer -> (x, its tappable values)."""
     batch, length, _ = x_BLD.shape
     scale = jnp.asarray(around.residual, x_BLD.dtype)
 
@@ -60,12 +56,7 @@ def block(
     key_BLGK = linear(leaves["key"], h_BLD).reshape(batch, length, config.kv, config.head)
     value_BLGK = linear(leaves["value"], h_BLD).reshape(batch, length, config.kv, config.head)
     query_BLHK, key_BLGK = rotary.rotate(query_BLHK, around.rotary), rotary.rotate(key_BLGK, around.rotary)
-    if cache is None:
-        keys, values = key_BLGK, value_BLGK
-    else:
-        cache = cache.write(key_BLGK, value_BLGK, around.queries.slots)
-        keys, values = cache.key.astype(x_BLD.dtype), cache.value.astype(x_BLD.dtype)
-    mixed_BLHK = attend(query_BLHK, keys, values, around.queries, around.keys)
+    mixed_BLHK = attend(query_BLHK, key_BLGK, value_BLGK, around.places, around.places)
     attention_BLD = linear(leaves["output"], mixed_BLHK.reshape(batch, length, -1))
     x_BLD = constrain(x_BLD + attention_BLD * scale, ACTIVATION)
 
@@ -74,8 +65,8 @@ def block(
     feed_forward_BLD = linear(leaves["down"], gated_BLF)
     x_BLD = constrain(x_BLD + feed_forward_BLD * scale, ACTIVATION)
 
-    values_by_name = (query_BLHK, key_BLGK, value_BLGK, attention_BLD, feed_forward_BLD, x_BLD)
-    return x_BLD, cache, dict(zip(LAYER_TAPS, values_by_name, strict=True))
+    values = (query_BLHK, key_BLGK, value_BLGK, attention_BLD, feed_forward_BLD, x_BLD)
+    return x_BLD, dict(zip(LAYER_TAPS, values, strict=True))
 
 
 _REMAT: dict[str, Any] = {
@@ -131,48 +122,28 @@ class MiniCPM(nnx.Module):
         return constrain(table_VD[tokens_BL] * jnp.asarray(self.multipliers.embedding, table_VD.dtype), ACTIVATION)
 
     def trunk(
-        self,
-        x_BLD: jax.Array,
-        positions_BL: jax.Array,
-        segments_BL: jax.Array,
-        cache: Cache | None = None,
-        slots_BL: jax.Array | None = None,
-        taps: tuple[str, ...] = (),
-    ) -> tuple[jax.Array, Cache | None, Tree]:
-        """All layers and the final norm -> ([B, L, D], cache, tapped values stacked over layers).
+        self, x_BLD: jax.Array, positions_BL: jax.Array, segments_BL: jax.Array, taps: tuple[str, ...] = ()
+    ) -> tuple[jax.Array, Tree]:
+        """All layers and the final norm -> ([B, L, D], tapped values stacked over layers).
 
-        With a cache the new tokens are written to its slots `slots_BL` and attend to what the cache holds; without
-        one they attend among themselves. Dynamic rotary scaling follows each row's longest position.
+        Dynamic rotary scaling follows each row's longest position.
         """
         config = self.config
-        if cache is None:
-            slots_BL = jnp.broadcast_to(jnp.arange(x_BLD.shape[1], dtype=jnp.int32), x_BLD.shape[:2])
-            queries = keys = Places(segments_BL, slots_BL)
-        else:
-            assert slots_BL is not None, "a cache needs the slots of the new tokens"
-            rows = jnp.arange(x_BLD.shape[0])[:, None]
-            cache = cache._replace(segments=cache.segments.at[rows, slots_BL].set(segments_BL))
-            all_slots = jnp.arange(cache.segments.shape[1], dtype=jnp.int32)
-            queries = Places(segments_BL, slots_BL)
-            keys = Places(cache.segments, jnp.broadcast_to(all_slots, cache.segments.shape))
-        around = Surroundings(self.multipliers.residual, rotary.tables(config, positions_BL), queries, keys)
+        slots_BL = jnp.broadcast_to(jnp.arange(x_BLD.shape[1], dtype=jnp.int32), x_BLD.shape[:2])
+        places = Places(segments_BL, slots_BL)
+        around = Surroundings(self.multipliers.residual, rotary.tables(config, positions_BL), places)
 
-        def layer(x_BLD: jax.Array, scanned: tuple[Tree, LayerCache | None]) -> tuple[jax.Array, Any]:
-            leaves, layer_cache = scanned
-            x_BLD, layer_cache, values = block(config, leaves, x_BLD, around, layer_cache)
-            return x_BLD, (layer_cache, {name: value for name, value in values.items() if name in taps})
+        def layer(x_BLD: jax.Array, leaves: Tree) -> tuple[jax.Array, Tree]:
+            x_BLD, values = block(config, leaves, x_BLD, around)
+            return x_BLD, {name: value for name, value in values.items() if name in taps}
 
-        layer_caches = None if cache is None else cache.layers
-        x_BLD, (layer_caches, tapped) = jax.lax.scan(
+        x_BLD, tapped = jax.lax.scan(
             _REMAT[self.compute.remat](layer),
             x_BLD,
-            (self.parameters["layers"], layer_caches),
+            self.parameters["layers"],
             unroll=min(self.compute.unroll, config.layers),
         )
-        x_BLD = rms_norm(self.parameters["final_norm"], x_BLD, config.norm_epsilon)
-        if cache is not None:
-            cache = cache._replace(layers=layer_caches)
-        return x_BLD, cache, tapped
+        return rms_norm(self.parameters["final_norm"], x_BLD, config.norm_epsilon), tapped
 
     def head(self, h_BLD: jax.Array) -> jax.Array:
         """Hidden states of any leading shape -> float32 logits [..., V]."""
@@ -193,7 +164,7 @@ def _forward(
     if segments_BL is None:
         segments_BL = jnp.ones_like(tokens_BL)
     x_BLD = model.embed(tokens_BL)
-    final_BLD, _, tapped = model.trunk(x_BLD, positions_BL, segments_BL, taps=taps)
+    final_BLD, tapped = model.trunk(x_BLD, positions_BL, segments_BL, taps)
     logits_BLV = model.head(final_BLD)
     outer = {"embedding": x_BLD, "final": final_BLD, "logits": logits_BLV}
     return logits_BLV, tapped | {name: value for name, value in outer.items() if name in taps}

@@ -48,7 +48,7 @@ def _losses(
     config: ModelConfig, compute: ComputeConfig, parameters: Tree, batch: Batch, multipliers: Multipliers | None
 ) -> TokenLosses:
     model = MiniCPM(config, parameters, compute, multipliers)
-    hidden_BLD, _, _ = model.trunk(model.embed(batch["tokens"]), batch["positions"], batch["segments"])
+    hidden_BLD, _ = model.trunk(model.embed(batch["tokens"]), batch["positions"], batch["segments"])
     return token_losses(model, hidden_BLD, batch["targets"])
 
 

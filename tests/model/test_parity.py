@@ -60,7 +60,7 @@ def mean_loss(parameters, model, numbers):
     model = MiniCPM(model.config, parameters, model.compute)
     tokens = jnp.asarray(numbers["input_ids"], jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, _, _ = model.trunk(model.embed(tokens), positions, segments(numbers))
+    hidden, _ = model.trunk(model.embed(tokens), positions, segments(numbers))
     targets, weights = shifted(numbers)
     return jnp.sum(token_losses(model, hidden, targets).loss * weights) / jnp.sum(weights)
 

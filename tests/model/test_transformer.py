@@ -1,4 +1,4 @@
-"""Invariants of the forward pass: packing, chunks, scan, cache, taps."""
+"""Invariants of the forward pass: packing, chunks, scan, taps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cpmjax.model import cache as caches
 from cpmjax.model.initialise import initialise
 from cpmjax.model.loss import token_losses
 from cpmjax.model.transformer import TAPS, MiniCPM
@@ -82,22 +81,6 @@ def test_the_vocabulary_never_materialises():
     compiled = jax.jit(jax.grad(loss, argnums=(1,))).lower(model, *shapes).compile()
     all_logits = 4096 * config.vocabulary * 4
     assert compiled.memory_analysis().temp_size_in_bytes < all_logits / 3
-
-
-def test_a_cache_gives_the_logits_of_the_whole_row(model):
-    """Prefill of 5, then one token at a time, rows of different lengths in one batch."""
-    row, lengths = tokens(2, 11), jnp.array([5, 3])
-    cache = caches.empty(CONFIG, 2, 16, "float32")
-    slots = jnp.broadcast_to(jnp.arange(5), (2, 5))
-    segments = (slots < lengths[:, None]).astype(jnp.int32)
-    _, cache, _ = model.trunk(model.embed(row[:, :5]), slots, segments, cache, slots)
-    whole = model(row)
-    for step in range(6):
-        slot = (lengths + step)[:, None]
-        token = jnp.take_along_axis(row, slot, axis=1)
-        hidden, cache, _ = model.trunk(model.embed(token), slot, jnp.ones_like(slot), cache, slot)
-        expected = jnp.take_along_axis(whole, slot[..., None], axis=1)
-        np.testing.assert_allclose(model.head(hidden), expected, atol=1e-5)
 
 
 def test_taps(model):

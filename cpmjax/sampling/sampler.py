@@ -1,0 +1,275 @@
+"""Prompts of any lengths in, samples out, as text and as token ids: buckets, splitting, and the loop around decode."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cpmjax.data.tokenizer import Tokenizer
+from cpmjax.model import cache as caches
+from cpmjax.model.transformer import MiniCPM
+from cpmjax.parallel.sharding import RULES
+from cpmjax.run.errors import UserError
+from cpmjax.sampling.decode import DecodeState, Request, decode, prefill, take
+from cpmjax.sampling.request import Asked, Prompt, bucket, check
+from cpmjax.sampling.streaming import TextStream
+from cpmjax.sampling.weights import decode_weights
+
+CacheDtype = Literal["compute", "float32", "int8"]
+
+_CHUNK = 8  # tokens between two looks at the text, where it decides how a row goes on or is wanted as it comes
+_SHORTEST = 16  # bucket of prompts and of new tokens
+_MOST_ROWS = 256
+_SHARE = 0.25  # of a device's memory that the rows of a batch may take, beside the weights
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A continuation. Log-probabilities are natural, of the model itself, before any option."""
+
+    prompt: list[int]
+    tokens: list[int]  # with the stop id that ended it, if one did
+    text: str  # without stop id and stop string; empty without a tokenizer
+    logprobs: list[float]  # of each token
+    top_logprobs: list[dict[int, float]] | None  # at each token the most probable ones, best first, if asked for
+    prompt_logprobs: list[float] | None  # of each token of the prompt but the first, if asked for
+    finish_reason: Literal["stop", "length"]
+
+
+class Sampler:
+    """A model made ready to generate; `sampler(prompts)` is the whole of it, `sampler.stream(prompt)` text as it comes.
+
+    `tokenizer` None: token ids in and out only. `cache_dtype` is that of keys and values: as the model computes,
+    float32, or int8 with scales. `max_batch` is how many rows run at a time; None takes a quarter of the memory of the
+    device for them, and at most 256.
+
+    The weights are copied into the layout of decode at the start, so that later changes of the model do not show. With
+    `jax.set_mesh` active, here and at each call, weights and cache are split over the mesh, rows over its data axes.
+
+    What compiles, once for all samplers of one model configuration: a prefill for each bucket of rows (powers of two up
+    to max_batch) with each bucket of prompt length and of new tokens (powers of two from 16), of `logprobs`, with and
+    without `prompt_logprobs`; for `n` > 1, the spreading of its rows over their samples; and a decode loop for each
+    bucket of rows, prompt length, new tokens, stop ids and biased tokens, and of `logprobs`. Options, seeds, limits,
+    stop ids, the lengths within a bucket and the weights are arrays, and compile nothing.
+    """
+
+    def __init__(
+        self,
+        model: MiniCPM,
+        tokenizer: Tokenizer | None = None,
+        *,
+        cache_dtype: CacheDtype = "compute",
+        max_batch: int | None = None,
+    ):
+        if cache_dtype not in get_args(CacheDtype):
+            raise UserError(f"cache_dtype = {cache_dtype!r}; expected {', '.join(get_args(CacheDtype))}")
+        if max_batch is not None and max_batch < 1:
+            raise UserError(f"max_batch = {max_batch}; expected a positive whole number, or None")
+        self.config = model.config
+        self.tokenizer = tokenizer
+        self.max_batch = max_batch
+        self._cache_dtype = model.compute.dtype if cache_dtype == "compute" else cache_dtype
+        self._weights = decode_weights(model)
+
+    def __call__(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int | Sequence[int] = 64,
+        n: int = 1,
+        stop: Sequence[str] = (),
+        stop_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        logprobs: int = 0,
+        prompt_logprobs: bool = False,
+        **options: Any,
+    ) -> list[Sample]:
+        """Continues prompts, texts or lists of token ids -> `n` samples of each, prompt by prompt.
+
+        A text gets the token that begins one in front. `max_new_tokens`, `stop_ids` and each option of
+        `cpmjax.sampling.options.make_options` are one value, or one a prompt; sample i of a prompt has its seed + i.
+        A row ends with the first of its stop ids (None: the end of text; () never), before the first of the strings
+        `stop` in its text, or after max_new_tokens. `logprobs` asks for so many most probable tokens at each place.
+
+        What a row becomes depends on its prompt, its options and its seed alone, up to the last bits of the logits.
+        Raises UserError, naming the value and its row, for what cannot be done.
+        """
+        asked = check(self.config, self.tokenizer, prompts, max_new_tokens, stop_ids, options)
+        if n < 1:
+            raise UserError(f"n = {n}; expected a positive whole number")
+        if not 0 <= logprobs <= self.config.vocabulary:
+            raise UserError(
+                f"logprobs = {logprobs}; expected 0 to {self.config.vocabulary}, the size of the vocabulary"
+            )
+        if stop and self.tokenizer is None:
+            raise UserError(f"stop = {stop!r}: the sampler has no tokenizer; expected stop_ids instead")
+        rows = [(row, sample) for row in range(len(asked.prompts)) for sample in range(n)]
+        largest = self.max_batch or self._rows_that_fit(asked)
+        samples: list[Sample] = []
+        for start in range(0, len(rows), largest):
+            samples += self._batch(asked, rows[start : start + largest], tuple(stop), logprobs, prompt_logprobs)
+        return samples
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 64,
+        stop: Sequence[str] = (),
+        stop_ids: Sequence[int] | None = None,
+        **options: Any,
+    ) -> Iterator[str]:
+        """The text of one sample, in pieces that together are `Sample.text`. Closing the iterator cancels the rest.
+
+        Arguments and errors as in a call; it needs a tokenizer.
+        """
+        if self.tokenizer is None:
+            raise UserError("stream: the sampler has no tokenizer; expected one, since text is streamed")
+        asked = check(self.config, self.tokenizer, [prompt], max_new_tokens, stop_ids, options)
+        return self._stream(asked, _Row(asked, 0, self.tokenizer, tuple(stop)))
+
+    def _stream(self, asked: Asked, row: _Row) -> Iterator[str]:
+        state, request, _ = self._begin(asked, [(0, 0)], top=0, score=False)
+        while row.finish_reason is None:
+            state = decode(self.config, self._weights, state, request, np.int32(_CHUNK))
+            tokens, count, ended = np.asarray(state.tokens_BT), int(state.generated_B[0]), bool(state.ended_B[0])
+            if text := row.push(tokens[0, :count].tolist(), ended):
+                yield text
+
+    def _batch(
+        self, asked: Asked, rows: list[tuple[int, int]], stop: tuple[str, ...], top: int, score: bool
+    ) -> list[Sample]:
+        """The samples of some rows, each the number of a prompt and of one of its samples, at a time."""
+        state, request, scores = self._begin(asked, rows, top, score)
+        results = [_Row(asked, row, self.tokenizer, stop) for row, _ in rows]
+        ended_B = np.zeros(len(request.limit_B), bool)
+        while not ended_B.all():
+            steps = _CHUNK if stop else state.tokens_BT.shape[1]
+            state = decode(self.config, self._weights, state, request, np.int32(steps))
+            tokens_BT, count_B, ended_B = map(np.array, (state.tokens_BT, state.generated_B, state.ended_B))
+            for index, result in enumerate(results):
+                result.push(tokens_BT[index, : count_B[index]].tolist(), ended_B[index])
+                ended_B[index] |= result.finish_reason is not None
+            if stop:
+                state = state._replace(ended_B=jax.device_put(ended_B, state.ended_B.sharding))
+        logprobs_BT, values_BTC, ids_BTC = map(
+            np.asarray, (state.log_probabilities_BT, state.top_values_BTC, state.top_ids_BTC)
+        )
+        samples = []
+        for index, (result, (row, _)) in enumerate(zip(results, rows, strict=True)):
+            prompt, places = asked.prompts[row], range(len(result.tokens))
+            samples.append(
+                Sample(
+                    prompt=prompt,
+                    tokens=result.tokens,
+                    text=result.text,
+                    logprobs=logprobs_BT[index, : len(result.tokens)].tolist(),
+                    top_logprobs=[
+                        dict(zip(ids_BTC[index, place].tolist(), values_BTC[index, place].tolist(), strict=True))
+                        for place in places
+                    ]
+                    if top
+                    else None,
+                    prompt_logprobs=None if scores is None else scores[row][1 : len(prompt)].tolist(),
+                    finish_reason=result.finish_reason or "length",
+                )
+            )
+        return samples
+
+    def _begin(
+        self, asked: Asked, rows: list[tuple[int, int]], top: int, score: bool
+    ) -> tuple[DecodeState, Request, dict[int, np.ndarray] | None]:
+        """Reads the prompts of some rows -> (a state for them, what they ask, log-probabilities of each prompt)."""
+        chosen = sorted({row for row, _ in rows})
+        length = bucket(max(len(asked.prompts[row]) for row in chosen), _SHORTEST)
+        tokens_BP = np.zeros((_row_bucket(len(chosen)), length), np.int32)
+        length_B = np.ones(len(tokens_BP), np.int32)
+        for index, row in enumerate(chosen):
+            ids = asked.prompts[row]
+            tokens_BP[index, : len(ids)], length_B[index] = ids, len(ids)
+        state, scores_BP = prefill(
+            self.config,
+            self._weights,
+            tokens_BP,
+            length_B,
+            new_tokens=bucket(int(asked.limit_R[[row for row, _ in rows]].max()), _SHORTEST),
+            cache_dtype=self._cache_dtype,
+            top=top,
+            score=score,
+        )
+        padding = _row_bucket(len(rows)) - len(rows)
+        if len(rows) != len(chosen):
+            source = [chosen.index(row) for row, _ in rows] + [0] * padding
+            state = take(state, np.asarray(source, np.int32))
+        # Rows of padding ask what the first one asks, but for no token at all.
+        asking = [row for row, _ in rows] + [rows[0][0]] * padding
+        options = jax.tree.map(lambda x: x[asking], asked.options)
+        sample_B = np.asarray([sample for _, sample in rows] + [0] * padding, np.uint32)
+        limit_B = np.where(np.arange(len(asking)) < len(rows), asked.limit_R[asking], 0).astype(np.int32)
+        options = options._replace(seed_B=options.seed_B + sample_B)
+        request = Request(options, jnp.asarray(asked.stop_ids_RJ[asking]), jnp.asarray(limit_B))
+        scores = None if scores_BP is None else dict(zip(chosen, np.asarray(scores_BP), strict=False))
+        return state, request, scores
+
+    def _rows_that_fit(self, asked: Asked) -> int:
+        """How many rows the memory set aside for them holds: caches, logits and counts, and scores of the prefill."""
+        if not asked.prompts:
+            return 1
+        prompt, new = bucket(max(map(len, asked.prompts)), _SHORTEST), bucket(int(asked.limit_R.max()), _SHORTEST)
+        cache = caches.row_bytes(self.config, prompt + new, jnp.dtype(self._cache_dtype))
+        row = cache + 32 * self.config.vocabulary + 8 * self.config.heads * prompt * prompt
+        device = next(iter(self._weights.embedding.devices()))
+        memory = (device.memory_stats() or {}).get("bytes_limit", 0) if device.platform != "cpu" else 0
+        memory = memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        fit = max(1, int(_SHARE * memory / row))
+        return min(_MOST_ROWS, 1 << (fit.bit_length() - 1))
+
+
+class _Row:
+    """The tokens of one row as they come, their text, and how they ended."""
+
+    def __init__(self, asked: Asked, row: int, tokenizer: Tokenizer | None, stop: tuple[str, ...]):
+        self.tokens: list[int] = []
+        self.finish_reason: Literal["stop", "length"] | None = None
+        self._stop_ids = set(asked.stop_ids_RJ[row].tolist())
+        self._stream = None if tokenizer is None else TextStream(tokenizer, asked.prompts[row], stop)
+
+    @property
+    def text(self) -> str:
+        return "" if self._stream is None else self._stream.text
+
+    def push(self, tokens: list[int], ended: bool) -> str:
+        """Takes all tokens so far, and whether there will be no more; returns the text that is certain now."""
+        if self.finish_reason is not None:
+            return ""
+        pieces = []
+        for token in tokens[len(self.tokens) :]:
+            self.tokens.append(token)
+            if token in self._stop_ids:
+                self.finish_reason = "stop"
+            elif self._stream is not None:
+                pieces.append(self._stream.push([token]))
+                if self._stream.stopped:
+                    self.finish_reason = "stop"
+            if self.finish_reason is not None:
+                break
+        if self._stream is not None and (ended or self.finish_reason):
+            pieces.append(self._stream.finish())
+            if self._stream.stopped:
+                self.finish_reason = "stop"
+        if ended and self.finish_reason is None:
+            self.finish_reason = "length"
+        return "".join(pieces)
+
+
+def _row_bucket(rows: int) -> int:
+    """A power of two; on a mesh, as many for each part into which it splits rows."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES["rows"])
+    return parts * bucket(-(-rows // parts))
