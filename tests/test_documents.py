@@ -115,6 +115,21 @@ def test_every_conversion_of_the_readme(folder):
 
 
 @pytest.mark.slow
+def test_every_sampling_command_of_the_readme(folder):
+    words = [shlex.split(command) for command in commands()]
+    (printf,) = [each for each in words if each[0] == "printf"]
+    assert printf[2:] == [">", "prompts.txt"]
+    (folder / "prompts.txt").write_text(printf[1].replace("\\n", "\n"))
+    sampling = [each[1:] for each in words if "cpmjax.sample" in each]
+    assert len(sampling) == 2
+    for arguments in sampling:
+        command = [sys.executable, *arguments]
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, input="")
+        assert result.returncode == 0, f"{shlex.join(arguments)}\n{result.stderr}"
+    assert len((folder / "samples.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
 def test_every_study_of_the_readme_and_of_the_family(folder):
     """Fewer and smaller trials; what such a short study finds is not asked, but it must come to a verdict."""
     text = (ROOT / "experiments" / "tunnel" / "family.yaml").read_text()
