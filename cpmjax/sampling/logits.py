@@ -24,11 +24,14 @@ B rows, V vocabulary, folded into N stretches of C columns; K biased tokens a ro
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cpmjax.sampling.options import Options as Options  # both are found here too, beside what they steer
+# Callers find both here too, beside what they steer.
+from cpmjax.sampling.options import Options as Options
 from cpmjax.sampling.options import make_options as make_options
 
 # A sum over few long stretches, for all columns at once, is what vector units are good at; they begin at cache lines.
@@ -42,7 +45,7 @@ def adjust(logits_BV: jax.Array, options: Options, prompt_BV: jax.Array, counts_
     """Penalties and bias -> float32 logits [B, V].
 
     `prompt_BV` (bool) marks the tokens of the prompt, `counts_BV` (int32) says how often each was generated so far.
-    What no row asks for costs nothing.
+    What no row asks for is not computed.
     """
 
     def penalise(logits_BV: jax.Array) -> jax.Array:
@@ -52,10 +55,9 @@ def adjust(logits_BV: jax.Array, options: Options, prompt_BV: jax.Array, counts_
         return logits_BV - options.presence_B[:, None] * generated_BV - options.frequency_B[:, None] * counts_BV
 
     def bias(logits_BV: jax.Array) -> jax.Array:
-        # Padding goes past the end, where it is dropped: -1 would be the last token.
-        ids_BK = jnp.where(options.bias_ids_BK < 0, logits_BV.shape[-1], options.bias_ids_BK)
+        # Padding, -1, is the last token, to which it adds 0.
         rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
-        return logits_BV.at[rows_B1, ids_BK].add(options.bias_values_BK, mode="drop")
+        return logits_BV.at[rows_B1, options.bias_ids_BK].add(options.bias_values_BK)
 
     penalised_B = (options.repetition_B != 1) | (options.presence_B != 0) | (options.frequency_B != 0)
     logits_BV = _where_any(penalised_B, penalise, logits_BV.astype(jnp.float32))
@@ -66,10 +68,10 @@ def choose(logits_BV: jax.Array, options: Options, position_B: jax.Array) -> jax
     """Adjusted float32 logits -> a token a row, int32 [B].
 
     The uniform number of a row is a function of its seed and of `position_B` (int32: the place of the new token in its
-    row). A logit of -inf is never chosen as long as the row has another.
+    row). A logit of -inf is never chosen as long as the row has another; a row with a NaN gets token 0.
     """
 
-    def row_by_row(*arguments):
+    def row_by_row(*arguments: jax.Array | Options) -> jax.Array:
         # A row of a large vocabulary fits a processor's cache, a batch of them does not; bisection reads it often.
         return lax.map(lambda row: _choose(*jax.tree.map(lambda leaf: leaf[None], row))[0], arguments)
 
@@ -93,18 +95,17 @@ def top_log_probabilities(logits_BV: jax.Array, count: int) -> tuple[jax.Array, 
     return values_BT - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True), ids_BT
 
 
-def _where_any(used_B: jax.Array, change, x: jax.Array) -> jax.Array:
+def _where_any(used_B: jax.Array, change: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     """change(x) if any row needs it; it must leave the rows that do not as they are."""
     return lax.cond(jnp.any(used_B), change, lambda x: x, x)
 
 
 def _choose(logits_BV: jax.Array, options: Options, position_B: jax.Array) -> jax.Array:
-    vocabulary = logits_BV.shape[-1]
     top_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
-    # The first of the largest; argmax itself takes ten times as long on a CPU.
-    ids_V = jnp.arange(vocabulary, dtype=jnp.int32)
-    greedy_B = jnp.min(jnp.where(logits_BV == top_B1, ids_V, vocabulary - 1), axis=-1)
-    sampled_B = options.temperature_B > 0
+    # The first of the largest, and 0 among NaN; argmax itself takes ten times as long on a CPU.
+    ids_V = jnp.arange(logits_BV.shape[-1], dtype=jnp.int32)
+    greedy_B = jnp.min(jnp.where(logits_BV < top_B1, logits_BV.shape[-1], ids_V), axis=-1)
+    sampled_B = (options.temperature_B > 0) & ~jnp.isnan(top_B1[:, 0])
 
     def sample(greedy_B: jax.Array) -> jax.Array:
         weights_BNC = _weights(_distance(logits_BV, top_B1, options.temperature_B), options)

@@ -34,7 +34,7 @@ class Options(NamedTuple):
     frequency_B: jax.Array  # float32; 0 is off
     seed_B: jax.Array  # uint32
     bias_ids_BK: jax.Array  # int32; -1 where a row has fewer than K
-    bias_values_BK: jax.Array  # float32
+    bias_values_BK: jax.Array  # float32; 0 there
 
 
 class _Rule(NamedTuple):

@@ -105,6 +105,7 @@ def test_all_tokens_in_a_tie_for_the_last_place_stay():
         ({"top_p": 0.76}, [0, 1, 2, 3, 4]),
         ({"min_p": 0.6}, [1, 3, 4]),
         # The entropy is 1.125 log 4, nearer to -log 1/4 than to -log 1/8.
+        ({"typical_p": 1e-45}, [1, 3, 4]),
         ({"typical_p": 0.3}, [1, 3, 4]),
         ({"typical_p": 0.76}, [0, 1, 2, 3, 4]),
     ]:
@@ -210,6 +211,15 @@ def test_greedy_takes_the_largest_and_of_equal_ones_the_first():
     np.testing.assert_array_equal(tokens, logits.argmax(1))
 
 
+def test_a_row_with_nan_gets_a_token_and_disturbs_no_other():
+    logits = jnp.asarray(np.random.default_rng(3).normal(size=(2, 37)), jnp.float32)
+    for temperature in (0, 1):
+        options = make_options(2, 37, temperature=temperature, top_p=0.9)
+        expected = choose(logits, options, jnp.zeros(2, jnp.int32))
+        tokens = choose(logits.at[0, 5].set(jnp.nan), options, jnp.zeros(2, jnp.int32))
+        assert tokens.tolist() == [0, expected[1]]
+
+
 def mixed_batch(rows, vocabulary):
     generator = np.random.default_rng(4)
     named = random_options(generator, rows)
@@ -261,12 +271,13 @@ def test_one_program_serves_any_options():
 
 @pytest.mark.parametrize("vocabulary", [5, RELEASED])
 def test_every_number_below_the_total_falls_on_a_token_with_mass(vocabulary):
-    """The largest of them too, on the last such token, and by its share exactly."""
+    """Where one token ends the next begins, and the largest number falls on the last token that has mass."""
     generator = np.random.default_rng(7)
     columns = generator.integers(0, 3, vocabulary).astype(np.int32) * 5_000
     columns[-1] = 0
     ends = np.cumsum(columns)
-    drawn = np.append(generator.integers(0, ends[-1], 50), [0, ends[-1] - 1]).astype(np.int32)
+    drawn = np.concatenate([generator.integers(0, ends[-1], 50), ends[ends < ends[-1]][-50:], [0, ends[-1] - 1]])
+    drawn = drawn.astype(np.int32)
     found, rest = jax.jit(jax.vmap(lambda number: sampling._locate(columns[None], number[None])))(drawn)
     expected = np.searchsorted(ends, drawn, side="right")
     np.testing.assert_array_equal(found[:, 0], expected)
