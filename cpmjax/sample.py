@@ -33,7 +33,6 @@ import argparse
 import contextlib
 import json
 import os
-import reprlib
 import sys
 import time
 import zlib
@@ -227,7 +226,6 @@ def _requests(arguments: argparse.Namespace, stored: Stored) -> list[Request]:
             ):
                 messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
                 given, stop = template.encode(messages), [*stop, *template.stop]
-            options["logit_bias"] = _bias(options["logit_bias"])
             (ids,) = check(config, tokenizer, [given], options["max_new_tokens"], None, _of_sampling(options)).prompts
             requests.append(Request(index, prompt, ids, options, n, tuple(stop)))
         except UserError as error:
@@ -242,13 +240,6 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _of_sampling(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name != "max_new_tokens"}
-
-
-def _bias(given: Any) -> Any:
-    """JSON has text for keys, where token ids are meant."""
-    if isinstance(given, dict) and all(key.isdecimal() for key in given):
-        return {int(key): value for key, value in given.items()}
-    raise UserError(f'logit_bias = {reprlib.repr(given)}; expected numbers by token id, as in {{"17": -1.5}}')
 
 
 # What comes out.

@@ -107,7 +107,16 @@ def _object(where: str, line: bytes, options: Sequence[str]) -> Prompt:
         raise UserError(f"{where}: n = {n!r}; expected a positive whole number")
     if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
         raise UserError(f"{where}: stop = {reprlib.repr(stop)}; expected a list of texts, none of them empty")
+    if "logit_bias" in found:
+        found["logit_bias"] = _by_token(where, found["logit_bias"])
     return Prompt(where, given, found, identity)
+
+
+def _by_token(where: str, bias: object) -> dict[int, Any]:
+    """JSON has text for keys, where token ids are meant."""
+    if isinstance(bias, dict) and all(token.isdecimal() for token in bias):
+        return {int(token): value for token, value in bias.items()}
+    raise UserError(f'{where}: logit_bias = {reprlib.repr(bias)}; expected numbers by token id, as in {{"17": -1.5}}')
 
 
 def _fits(form: str, given: object) -> bool:
