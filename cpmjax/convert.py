@@ -171,19 +171,12 @@ def _export(stored: Stored, place: Path, to: Target, dtype: np.dtype | None, qua
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    about, usage = (__doc__ or "").split("usage: ")
-    usage, _, notes = usage.partition("\n\n")
-    parser = cli.Parser(
-        prog="python -m cpmjax.convert",
-        usage=usage,
-        description=f"{about}\n{notes}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.Parser.documented("python -m cpmjax.convert", __doc__)
     parser.add_argument("source", help="a path, or hf://OWNER/REPO[@REVISION]")
     parser.add_argument("target", nargs="?", help="a new place, or a run directory that this import began")
     parser.add_argument("--to", choices=get_args(Target))
     parser.add_argument("--step", type=int, help="one checkpoint; the number that a single model gets in its run")
-    parser.add_argument("--steps", type=_steps, help="numbers with commas between them, or all")
+    parser.add_argument("--steps", type=cli.step_list, help="numbers with commas between them, or all")
     parser.add_argument("--dtype", choices=get_args(Dtype), help="of the weights (default: as they come)")
     parser.add_argument("--quant", choices=get_args(Quantisation), help="of the matrices of a GGUF file")
     parser.add_argument("--mup", type=_constants, help="SCALE_EMB,SCALE_DEPTH,DIM_MODEL_BASE")
@@ -202,15 +195,6 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if not arguments.inspect and (arguments.target is None or arguments.to is None):
         parser.error(f"{'TARGET' if arguments.target is None else '--to'} is missing")
     return arguments, keys
-
-
-def _steps(text: str) -> list[int] | Literal["all"]:
-    if text == "all":
-        return "all"
-    try:
-        return [int(step) for step in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected numbers with commas between them, or all, got {text!r}") from error
 
 
 def _constants(text: str) -> Constants:

@@ -31,14 +31,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 from tqdm import tqdm
@@ -46,7 +46,7 @@ from tqdm import tqdm
 from cpmjax.data.template import Template
 from cpmjax.formats.history import find_steps
 from cpmjax.formats.loading import Stored, files_below, load, open_stored, recognise, run_steps
-from cpmjax.model.weights import Weights
+from cpmjax.model.weights import Weights, checksum
 from cpmjax.run import cli
 from cpmjax.run.config import RunConfig
 from cpmjax.run.errors import UserError
@@ -280,10 +280,7 @@ def _origin(arguments: argparse.Namespace, stored: Stored, requests: Sequence[Re
 
 
 def _checksum(weights: Weights) -> int:
-    checksum = 0
-    for path, layer in weights.slices():
-        checksum = zlib.crc32(weights.read(path, layer).tobytes(), checksum)
-    return checksum
+    return functools.reduce(lambda before, at: checksum(weights.read(*at), before), weights.slices(), 0)
 
 
 def _print(record: dict[str, Any]) -> None:
@@ -322,20 +319,15 @@ class Progress:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    about, usage = (__doc__ or "").split("usage: ")
-    usage, _, notes = usage.partition("\n\n")
-    parser = cli.Parser(
-        prog="python -m cpmjax.sample",
-        usage=usage,
-        description=f"{about}\n{notes}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.Parser.documented("python -m cpmjax.sample", __doc__)
     parser.add_argument("model", metavar="MODEL", help="a run directory, a Hugging Face folder or a GGUF file")
     parser.add_argument("--prompts", metavar="FILE", help=".txt or .jsonl; - for standard input")
     parser.add_argument("--output", metavar="FILE.jsonl", help="where samples go (standard output)")
     steps = parser.add_mutually_exclusive_group()
     steps.add_argument("--step", type=int, metavar="N", help="one checkpoint of a run (the newest)")
-    steps.add_argument("--steps", type=_listed, metavar="LIST|all", help="several: numbers with commas between them")
+    steps.add_argument(
+        "--steps", type=cli.step_list, metavar="LIST|all", help="several: numbers with commas between them"
+    )
     for name, option in OPTIONS.items():
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=option.kind, metavar="N" if option.kind is int else "X", help=option.help)
@@ -357,18 +349,6 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     form.add_argument("--chat-template", action="store_true", help="a prompt of text is what a user says")
     form.add_argument("--raw", action="store_true", help="a prompt of text is continued, also on a terminal")
     return parser.parse_args(argv)
-
-
-def _listed(text: str) -> list[int] | Literal["all"]:
-    if text == "all":
-        return "all"
-    try:
-        steps = [int(step) for step in text.split(",")]
-    except ValueError:
-        steps = []
-    if not steps or len(set(steps)) < len(steps):
-        raise argparse.ArgumentTypeError(f"expected different numbers with commas between them, or all, got {text!r}")
-    return steps
 
 
 def _count(text: str, least: int = 0) -> int:

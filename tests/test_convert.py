@@ -64,7 +64,7 @@ MISTAKES: dict[str, tuple[list[str], str, str]] = {
     "both": (["model", "--to=hf", "--step=1", "--steps=2"], "command line: --step and --steps are two answers", HELP),
     "steps in words": (
         ["model", "--to=hf", "--steps=one"],
-        "command line: argument --steps: expected numbers with commas between them, or all, got 'one'; ",
+        "command line: argument --steps: expected different numbers with commas between them, or all, got 'one'; ",
         HELP,
     ),
     "step in words": (["model", "--to=hf", "--step=last"], "command line: argument --step: invalid int", HELP),

@@ -26,7 +26,7 @@ from cpmjax.formats.names import places
 from cpmjax.formats.shards import write_sharded
 from cpmjax.formats.tensors import TensorInfo
 from cpmjax.formats.tokenizer_files import write_tokenizer
-from cpmjax.model.weights import BFLOAT16, FLOAT16, FLOAT32, Weights, cast
+from cpmjax.model.weights import BFLOAT16, DTYPES, FLOAT16, FLOAT32, Weights
 from cpmjax.run.directory import only_writer
 from cpmjax.run.errors import UserError
 
@@ -62,7 +62,7 @@ def export_gguf(stored: Stored, target: Path, quantisation: Quantisation | None 
     """
     weights, tokenizer, said = stored.weights, stored.tokenizer, []
     config = weights.config
-    kind = quantisation or cast(weights, _widest(weights)).dtype_names()
+    kind = quantisation or {dtype: name for name, dtype in DTYPES.items()}[_widest(weights)]
     tensor_type, file_type = _FILE_TYPES[kind]
     metadata = model_metadata(config, target.stem)
     metadata |= {"general.file_type": int(file_type), "general.quantization_version": GGML_QUANT_VERSION}

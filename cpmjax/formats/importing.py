@@ -11,7 +11,6 @@ import contextlib
 import math
 import shutil
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +22,7 @@ from cpmjax.checkpoint.store import Checkpoints
 from cpmjax.formats.history import Chronology
 from cpmjax.formats.loading import Stored
 from cpmjax.formats.sources import Candidate
+from cpmjax.model.weights import checksum
 from cpmjax.run import cli
 from cpmjax.run.config import CheckpointConfig, Config, differences, encode
 from cpmjax.run.directory import RunDirectory
@@ -143,7 +143,7 @@ def _import_one(
 
     def read(path: str, layer: int | None) -> np.ndarray:
         array = np.ascontiguousarray(weights.read(path, layer))
-        written[path, layer] = _checksum(array)
+        written[path, layer] = checksum(array)
         bar.update(array.nbytes * share)
         return array
 
@@ -155,7 +155,7 @@ def _import_one(
             saved = checkpoints.weights(step, config.model)
             for path, layer in weights.slices():
                 array = saved.read(path, layer)
-                if _checksum(array) != written[path, layer]:
+                if checksum(array) != written[path, layer]:
                     raise UserError(f"{arriving.name}: {path} reads back otherwise than it was written; deleted again")
                 bar.update(array.nbytes * share)
         except UserError:
@@ -165,7 +165,3 @@ def _import_one(
     provenance = directory.provenance()
     provenance["checkpoints"] |= {str(step): line}
     directory.write_provenance(provenance)
-
-
-def _checksum(array: np.ndarray) -> int:
-    return zlib.crc32(array.reshape(-1).view(np.uint8).data)

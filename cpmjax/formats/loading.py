@@ -152,11 +152,12 @@ def load(path: str | Path, step: int | None = None, compute: ComputeConfig | Non
     those of the release. Raises UserError, naming the file and what was expected, for anything that is no whole model.
     """
     path = Path(path).expanduser()
-    if recognise(path) == "run":
+    kind = recognise(path)
+    if kind == "run":
         config, checkpoints, step = _checkpoint(RunDirectory(path), step)
         return MiniCPM(config.model, checkpoints.parameters(step), compute or config.compute)
     stored = open_stored(path, step)
-    for note in stored.notes if recognise(path) == "gguf" else ():  # those of a config.json say what is usual
+    for note in stored.notes if kind == "gguf" else ():  # those of a config.json say what is usual
         warnings.warn(f"{path}: {note}", stacklevel=2)
     return MiniCPM(stored.weights.config, stored.weights.tree(), compute or ComputeConfig())
 

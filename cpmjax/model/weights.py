@@ -7,6 +7,7 @@ more than a slice or two of a model need be in memory.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -66,6 +67,11 @@ class Weights:
 
 def slice_shape(spec: ParamSpec) -> tuple[int, ...]:
     return spec.shape[1:] if spec.axes[0] == "layers" else spec.shape
+
+
+def checksum(array: np.ndarray, before: int = 0) -> int:
+    """CRC-32 of the bytes of a slice, going on from that of what came before it."""
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, before)
 
 
 def cast(weights: Weights, dtype: np.dtype | None) -> Weights:

@@ -146,8 +146,29 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
 
+    @classmethod
+    def documented(cls, prog: str, docstring: str | None) -> Parser:
+        """A parser whose help is the docstring of its job: what it is, a paragraph `usage: ...`, and the rest."""
+        about, _, usage = (docstring or "").partition("usage: ")
+        usage, _, notes = usage.partition("\n\n")
+        formatter = argparse.RawDescriptionHelpFormatter
+        return cls(prog=prog, usage=usage, description=f"{about}\n{notes}", formatter_class=formatter)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{_COMMAND_LINE}: {message}; expected what {self.prog} --help says")
+
+
+def step_list(text: str) -> list[int] | Literal["all"]:
+    """The value of --steps: different numbers with commas between them, or "all"."""
+    if text == "all":
+        return "all"
+    try:
+        steps = [int(step) for step in text.split(",")]
+    except ValueError:
+        steps = []
+    if not steps or len(set(steps)) < len(steps):
+        raise argparse.ArgumentTypeError(f"expected different numbers with commas between them, or all, got {text!r}")
+    return steps
 
 
 # Checks of a tree against the dataclasses.

@@ -117,7 +117,7 @@ def _command(log: Path, arguments: list[str], pause: float, environment: dict[st
     os.environ |= environment
     from cpmjax.formats import exporting, importing
 
-    checksum, named_tensors = importing._checksum, exporting.named_tensors
+    checksum, named_tensors = importing.checksum, exporting.named_tensors
 
     def slow_checksum(array: np.ndarray) -> int:
         time.sleep(pause)
@@ -128,7 +128,7 @@ def _command(log: Path, arguments: list[str], pause: float, environment: dict[st
             time.sleep(pause)
             yield each
 
-    importing._checksum, exporting.named_tensors = slow_checksum, slow_tensors
+    importing.checksum, exporting.named_tensors = slow_checksum, slow_tensors
     sys.argv = ["convert", *arguments]
     with open(log, "w") as file, contextlib.redirect_stderr(file):
         cli.main(convert_job)
