@@ -1,10 +1,63 @@
-"""The only place a weight meets an activation."""
+"""The only place a weight meets an activation.
+
+I input, O output; R rows, all places of a batch together.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import jax
+import jax.numpy as jnp
+
+FEW = 4  # rows up to which reading narrow weights once for each is about as fast as reading wide ones once
+# XLA's CPU compiler makes a loop of a matrix-vector product only for a vector smaller than 16 KiB.
+_LONGEST = 16 * 1024 // 4 - 1
 
 
-def linear(leaf: jax.Array, x: jax.Array) -> jax.Array:
-    """x [..., input] times a leaf [input, output], in the type of x -> [..., output]."""
-    return x @ leaf.astype(x.dtype)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Narrow:
+    """A leaf that is stored in a narrower type than it is multiplied in: for one to four rows at a time on a CPU.
+
+    Such a product takes as long as reading the weights does. XLA reads a matrix in its stored type, widening each
+    number as it comes, under three conditions: its rows are outputs, it is multiplied by one vector of less than
+    16 KiB, and it is an array of its own, not a slice. Any other product first writes a wide copy. So the leaf
+    [I, O...] is held as its transpose, in `parts_OI` whose inputs follow one another.
+    """
+
+    parts_OI: tuple[jax.Array, ...]
+    output: tuple[int, ...] = field(metadata={"static": True})  # O...
+
+    @classmethod
+    def of(cls, leaf: jax.Array) -> Narrow:
+        """A leaf [I, O...] in its own type."""
+        leaf_OI = leaf.reshape(len(leaf), -1).T
+        parts = -(-len(leaf) // _LONGEST)
+        return cls(tuple(jnp.array_split(leaf_OI, parts, axis=1)), leaf.shape[1:])
+
+    def wide(self, dtype: jnp.dtype) -> jax.Array:
+        """The leaf [I, O...] in another type."""
+        leaf_OI = jnp.concatenate(self.parts_OI, axis=1)
+        return leaf_OI.T.reshape(-1, *self.output).astype(dtype)
+
+    def multiply(self, x: jax.Array) -> jax.Array:
+        """x [..., I] -> [..., O...] in the type of x: as with a wide leaf, but for the order of sums."""
+        x_RI, parts_OI = x.reshape(-1, x.shape[-1]), self.parts_OI
+        few = len(x_RI) <= FEW
+        if few:
+            # Without it all weights are widened once before the loop that decodes, and then read in the wide type.
+            x_RI, parts_OI = jax.lax.optimization_barrier((x_RI, parts_OI))
+            # By one, since XLA would compute anything cheaper than a division, with all that made x, for every output.
+            x_RI = x_RI / (1 + 0 * x_RI)
+        first, y_RO = 0, jnp.zeros((), x.dtype)
+        for part_OI in parts_OI:
+            pieces_RI, part_IO = x_RI[:, first : first + part_OI.shape[1]], part_OI.astype(x.dtype).T
+            y_RO += jnp.stack([piece_I @ part_IO for piece_I in pieces_RI]) if few else pieces_RI @ part_IO
+            first += part_OI.shape[1]
+        return y_RO.reshape(*x.shape[:-1], *self.output)
+
+
+def linear(leaf: jax.Array | Narrow, x: jax.Array) -> jax.Array:
+    """x [..., I] times a leaf [I, O...], in the type of x -> [..., O...]."""
+    return leaf.multiply(x) if isinstance(leaf, Narrow) else jnp.tensordot(x, leaf.astype(x.dtype), axes=1)

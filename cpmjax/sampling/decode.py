@@ -20,7 +20,7 @@ from cpmjax.model import cache as caches
 from cpmjax.model import rotary
 from cpmjax.model.attention import Places, attend
 from cpmjax.model.cache import LayerCache
-from cpmjax.model.linear import linear
+from cpmjax.model.linear import Narrow, linear
 from cpmjax.model.transformer import ACTIVATION, rms_norm
 from cpmjax.parallel.sharding import constrain
 from cpmjax.run.config import ModelConfig
@@ -104,7 +104,7 @@ def prefill(
         top_values_BTC=jnp.zeros((batch, new_tokens, top)),
         top_ids_BTC=jnp.zeros((batch, new_tokens, top), jnp.int32),
     )
-    return state, _score(config, weights, x_BPD, tokens_BP) if score else None
+    return state, _score(weights, x_BPD, tokens_BP) if score else None
 
 
 @jax.jit
@@ -130,7 +130,7 @@ def decode(
 
     def advance(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
         step, state = carry
-        logits_BV = head(config, weights, state.hidden_BD)
+        logits_BV = head(weights, state.hidden_BD)
         adjusted_BV = adjust(logits_BV, request.options, state.prompt_BV, state.counts_BV)
         token_B = choose(adjusted_BV, request.options, state.length_B)
         # What a row that has ended would write falls beyond the end of each array, and is dropped.
@@ -166,14 +166,24 @@ def decode(
 
 
 def embed(weights: DecodeWeights, tokens: jax.Array) -> jax.Array:
-    """int32 tokens of any shape -> [..., D] in the compute type."""
-    return weights.embedding[tokens] * jnp.asarray(weights.multipliers.embedding, weights.embedding.dtype)
+    """int32 tokens of any shape -> [..., D] in the type of the arithmetic."""
+    table_VD, dtype = weights.embedding, weights.final_norm.dtype
+    if table_VD.dtype == dtype:
+        x = table_VD[tokens]
+    else:
+        # Looked up as integers: of 16-bit floats a CPU would first widen the whole table.
+        bits = jax.lax.bitcast_convert_type(table_VD, jnp.uint16)[tokens]
+        x = jax.lax.bitcast_convert_type(bits, table_VD.dtype).astype(dtype)
+    return x * jnp.asarray(weights.multipliers.embedding, dtype)
 
 
-def head(config: ModelConfig, weights: DecodeWeights, hidden: jax.Array) -> jax.Array:
+def head(weights: DecodeWeights, hidden: jax.Array) -> jax.Array:
     """Hidden states [..., D] after the final norm -> float32 logits [..., V]."""
-    weight_DV = weights.head.T if config.tied else weights.head
-    return linear(weight_DV, hidden * jnp.asarray(weights.multipliers.logits, hidden.dtype)).astype(jnp.float32)
+    leaf = weights.head
+    if leaf is None:
+        table_VD = weights.embedding
+        leaf = table_VD.T if table_VD.dtype == hidden.dtype else Narrow((table_VD,), (len(table_VD),))
+    return linear(leaf, hidden * jnp.asarray(weights.multipliers.logits, hidden.dtype)).astype(jnp.float32)
 
 
 def block(
@@ -196,7 +206,7 @@ def block(
     x_BLD = constrain(x_BLD + attention_BLD * scale, ACTIVATION)
 
     h_BLD = rms_norm(leaves["feed_forward_norm"], x_BLD, config.norm_epsilon)
-    gate_up_BL2F = jax.vmap(linear, (1, None), -2)(leaves["gate_up"], h_BLD)
+    gate_up_BL2F = linear(leaves["gate_up"], h_BLD)
     gated_BLF = jax.nn.silu(gate_up_BL2F[..., 0, :]) * gate_up_BL2F[..., 1, :]
     x_BLD = constrain(x_BLD + linear(leaves["down"], gated_BLF) * scale, ACTIVATION)
     return x_BLD, cache
@@ -221,14 +231,14 @@ def _read(
     return tuple(written), rms_norm(weights.final_norm, x_B1D[:, 0], config.norm_epsilon)
 
 
-def _score(config: ModelConfig, weights: DecodeWeights, hidden_BPD: jax.Array, tokens_BP: jax.Array) -> jax.Array:
+def _score(weights: DecodeWeights, hidden_BPD: jax.Array, tokens_BP: jax.Array) -> jax.Array:
     """The log-probability [B, P] of each token after those before it; of the first, after the row's last one."""
     batch, prompt, width = hidden_BPD.shape
     before_BPD = jnp.roll(hidden_BPD, 1, axis=1)
 
     def score(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
         hidden, tokens = chunk  # [places, B, D], [places, B]
-        logits = head(config, weights, hidden.reshape(-1, width))
+        logits = head(weights, hidden.reshape(-1, width))
         return log_probabilities(logits, tokens.reshape(-1)).reshape(tokens.shape)
 
     chunks = (

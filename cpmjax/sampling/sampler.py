@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import jax
@@ -14,13 +15,14 @@ import numpy as np
 
 from cpmjax.data.tokenizer import Tokenizer
 from cpmjax.model import cache as caches
+from cpmjax.model.linear import FEW
 from cpmjax.model.transformer import MiniCPM
 from cpmjax.parallel.sharding import RULES
 from cpmjax.run.errors import UserError
 from cpmjax.sampling.decode import DecodeState, Request, decode, prefill, take
 from cpmjax.sampling.request import Asked, Prompt, bucket, check
 from cpmjax.sampling.streaming import TextStream
-from cpmjax.sampling.weights import decode_weights
+from cpmjax.sampling.weights import DecodeWeights, decode_weights, widened
 
 CacheDtype = Literal["compute", "float32", "int8"]
 
@@ -75,8 +77,8 @@ class Sampler:
         self.config = model.config
         self.tokenizer = tokenizer
         self.max_batch = max_batch
-        self._cache_dtype = model.compute.dtype if cache_dtype == "compute" else cache_dtype
         self._weights = decode_weights(model)
+        self._cache_dtype = self._weights.final_norm.dtype.name if cache_dtype == "compute" else cache_dtype
 
     def __call__(
         self,
@@ -137,7 +139,7 @@ class Sampler:
     def _stream(self, asked: Asked, row: _Row) -> Iterator[str]:
         state, request, _ = self._begin(asked, [(0, 0)], top=0, score=False)
         while row.finish_reason is None:
-            state = decode(self.config, self._weights, state, request, np.int32(_CHUNK))
+            state = self._decode(state, request, _CHUNK)
             tokens, count, ended = np.asarray(state.tokens_BT), int(state.generated_B[0]), bool(state.ended_B[0])
             if text := row.push(tokens[0, :count].tolist(), ended):
                 yield text
@@ -151,7 +153,7 @@ class Sampler:
         ended_B = np.zeros(len(request.limit_B), bool)
         while not ended_B.all():
             steps = _CHUNK if stop else state.tokens_BT.shape[1]
-            state = decode(self.config, self._weights, state, request, np.int32(steps))
+            state = self._decode(state, request, steps)
             tokens_BT, count_B, ended_B = map(np.array, (state.tokens_BT, state.generated_B, state.ended_B))
             for index, result in enumerate(results):
                 result.push(tokens_BT[index, : count_B[index]].tolist(), ended_B[index])
@@ -181,6 +183,14 @@ class Sampler:
                 )
             )
         return samples
+
+    @cached_property
+    def _widened(self) -> DecodeWeights:
+        return widened(self._weights)
+
+    def _decode(self, state: DecodeState, request: Request, steps: int) -> DecodeState:
+        weights = self._weights if len(state.length_B) <= FEW else self._widened
+        return decode(self.config, weights, state, request, np.int32(steps))
 
     def _begin(
         self, asked: Asked, rows: list[tuple[int, int]], top: int, score: bool

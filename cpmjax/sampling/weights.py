@@ -1,4 +1,4 @@
-"""Training leaves -> decode leaves: one dict a layer, projections of the same input fused, cast to the compute type.
+"""Training leaves -> decode leaves: one dict a layer, projections of the same input fused, cast.
 
 Separate arrays, because a slice of a stacked one is copied before it is multiplied; fused, because at one row a token a
 matrix product is nothing but reading its weights, and one long read is faster than several short ones.
@@ -8,56 +8,102 @@ D width, H heads, G key-value heads, R heads per key-value head, K head width, F
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from cpmjax.model import mup
+from cpmjax.model.linear import Narrow
 from cpmjax.model.parameters import Tree
 from cpmjax.model.transformer import MiniCPM
-from cpmjax.parallel.sharding import constrain
+from cpmjax.parallel.sharding import Axes, constrain
 
-Layer = dict[str, jax.Array]
+Layer = dict[str, Any]  # arrays, and Narrow matrices
 
 
 class DecodeWeights(NamedTuple):
-    """A pytree whose arrays have the compute type."""
+    """A pytree; the norms have the type of the arithmetic."""
 
     embedding: jax.Array  # [V, D]
     layers: tuple[Layer, ...]
     final_norm: jax.Array  # [D]
-    head: jax.Array  # [D, V], or the embedding itself, [V, D], if the two are tied
+    head: jax.Array | Narrow | None  # [D, V]; None where the embedding is the head
     multipliers: mup.Multipliers
 
 
-@jax.jit
 def decode_weights(model: MiniCPM) -> DecodeWeights:
     """The weights of a model as `cpmjax.sampling.decode` wants them, placed on the mesh that is set, if one is.
 
     A layer has `query_key_value` [D, G * (R + 2) * K]: for each key-value head its R queries, its key and its value,
     so that a mesh that splits heads splits the matrix between them; `gate_up` [D, 2, F]; and `output`, `down` and the
-    norms as they were. A tied head stays [V, D]: it needs no copy, and its transpose multiplies as fast.
+    norms as they were.
+
+    They have the compute type of the model, and so has the arithmetic; on a CPU, whose products of bfloat16 are slow,
+    that is float32. Matrices that a narrower type holds without loss (those stored in it, or to be rounded to it) are
+    `Narrow` there, which suits up to four rows; `widened` is for more. Both at once take 1.5 times the memory.
     """
-    config, parameters, dtype = model.config, model.parameters, jnp.dtype(model.compute.dtype)
+    embedding = model.parameters["embedding"]
+    platform = next(iter(embedding.devices())).platform if isinstance(embedding, jax.Array) else jax.default_backend()
+    on_cpu = platform == "cpu"
+    dtype = jnp.dtype("float32") if on_cpu else jnp.dtype(model.compute.dtype)
+    return _decode_weights(model, dtype, narrow=on_cpu and jax.sharding.get_abstract_mesh().empty)
+
+
+@jax.jit
+def widened(weights: DecodeWeights) -> DecodeWeights:
+    """The same weights without any `Narrow`, for products of many rows."""
+    dtype = weights.final_norm.dtype
+
+    def is_narrow(leaf: object) -> bool:
+        return isinstance(leaf, Narrow)
+
+    weights = jax.tree.map(lambda leaf: leaf.wide(dtype) if is_narrow(leaf) else leaf, weights, is_leaf=is_narrow)
+    return weights._replace(embedding=weights.embedding.astype(dtype))
+
+
+@partial(jax.jit, static_argnames=("dtype", "narrow"))
+def _decode_weights(model: MiniCPM, dtype: jnp.dtype, narrow: bool) -> DecodeWeights:
+    config, parameters, compute = model.config, model.parameters, jnp.dtype(model.compute.dtype)
+
+    def stored(leaf: jax.Array) -> jax.Array:
+        """In the narrowest type that holds what the compute type makes of it."""
+        return leaf if leaf.dtype.itemsize < compute.itemsize else leaf.astype(compute)
+
+    def matrix(leaf: jax.Array, axes: Axes) -> jax.Array | Narrow:
+        """[input, output...]"""
+        leaf = stored(leaf)
+        return (
+            Narrow.of(leaf) if narrow and leaf.dtype.itemsize < dtype.itemsize else constrain(leaf.astype(dtype), axes)
+        )
+
+    def norm(leaf: jax.Array) -> jax.Array:
+        return constrain(leaf.astype(compute).astype(dtype), (None,))
 
     def layer(index: int) -> Layer:
-        leaves: Tree = {name: leaf[index].astype(dtype) for name, leaf in parameters["layers"].items()}
+        leaves: Tree = {name: leaf[index] for name, leaf in parameters["layers"].items()}
 
         def by_group(name: str) -> jax.Array:
             return leaves[name].reshape(config.width, config.kv, -1)
 
         grouped = jnp.concatenate([by_group("query"), by_group("key"), by_group("value")], axis=-1)
         return {
-            "attention_norm": constrain(leaves["attention_norm"], (None,)),
-            "query_key_value": constrain(grouped.reshape(config.width, -1), ("width", "heads")),
-            "output": constrain(leaves["output"], ("heads", "width")),
-            "feed_forward_norm": constrain(leaves["feed_forward_norm"], (None,)),
-            "gate_up": constrain(jnp.stack([leaves["gate"], leaves["up"]], 1), ("width", None, "feed_forward")),
-            "down": constrain(leaves["down"], ("feed_forward", "width")),
+            "attention_norm": norm(leaves["attention_norm"]),
+            "query_key_value": matrix(grouped.reshape(config.width, -1), ("width", "heads")),
+            "output": matrix(leaves["output"], ("heads", "width")),
+            "feed_forward_norm": norm(leaves["feed_forward_norm"]),
+            "gate_up": matrix(jnp.stack([leaves["gate"], leaves["up"]], 1), ("width", None, "feed_forward")),
+            "down": matrix(leaves["down"], ("feed_forward", "width")),
         }
 
-    embedding = constrain(parameters["embedding"].astype(dtype), ("vocabulary", "width"))
-    head = embedding if config.tied else constrain(parameters["head"].astype(dtype), ("width", "vocabulary"))
-    final_norm = constrain(parameters["final_norm"].astype(dtype), (None,))
-    return DecodeWeights(embedding, tuple(map(layer, range(config.layers))), final_norm, head, model.multipliers)
+    embedding = stored(parameters["embedding"])
+    if not (narrow and embedding.dtype.itemsize < dtype.itemsize):
+        embedding = constrain(embedding.astype(dtype), ("vocabulary", "width"))
+    return DecodeWeights(
+        embedding,
+        tuple(map(layer, range(config.layers))),
+        norm(parameters["final_norm"]),
+        None if config.tied else matrix(parameters["head"], ("width", "vocabulary")),
+        model.multipliers,
+    )

@@ -12,10 +12,10 @@ import pytest
 
 from cpmjax.model.initialise import initialise
 from cpmjax.model.transformer import MiniCPM
-from cpmjax.run.config import ModelConfig
+from cpmjax.run.config import ComputeConfig, ModelConfig
 from cpmjax.sampling.decode import Request, decode, head, prefill, take
 from cpmjax.sampling.options import make_options
-from cpmjax.sampling.weights import decode_weights
+from cpmjax.sampling.weights import decode_weights, widened
 
 T = 32
 SMALL = ModelConfig(vocabulary=97, width=32, layers=2, heads=4, kv_heads=2, feed_forward=80, dim_model_base=16)
@@ -51,9 +51,10 @@ def run(model, state, asked, steps=T):
     return decode(model.config, decode_weights(model), state, asked, jnp.int32(steps))
 
 
-def small(name="tied"):
+def small(name="tied", stored="float32"):
     config = MODELS[name]
-    return MiniCPM(config, initialise(config, jax.random.key(3)))
+    parameters = initialise(config, jax.random.key(3))
+    return MiniCPM(config, jax.tree.map(lambda leaf: leaf.astype(stored), parameters))
 
 
 def prompts_of(model, lengths, seed=0):
@@ -77,14 +78,15 @@ def test_greedy_tokens_of_the_original_alone_and_together(name):
             np.testing.assert_array_equal(state.tokens_BT[place], numbers[f"greedy_tokens_{row}"])
 
 
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["tied", "untied"])
-def test_the_cache_changes_nothing(name):
+def test_the_cache_changes_nothing(name, stored):
     """Sampled rows again through the forward pass without a cache: the logits after the last token, and all scores."""
-    model = small(name)
+    model = small(name, stored)
     prompts = prompts_of(model, [5, 16, 11])
     state, scores = start(model, prompts, top=4, score=True)
     state = run(model, state, request(model, 3, seed=[1, 2, 3]))
-    found = np.asarray(head(model.config, decode_weights(model), state.hidden_BD))
+    found = np.asarray(head(decode_weights(model), state.hidden_BD))
     rows = [[*prompt, *tokens] for prompt, tokens in zip(prompts, np.asarray(state.tokens_BT).tolist(), strict=True)]
     all_logits = np.asarray(model(padded(rows, 48)[0]))
     for row, (prompt, tokens) in enumerate(zip(prompts, rows, strict=True)):
@@ -106,7 +108,7 @@ def test_dynamic_scaling_follows_the_prompt_and_not_its_padding():
         state, _ = prefill(
             model.config, decode_weights(model), *padded([prompt], width), new_tokens=T, cache_dtype="float32"
         )
-        found = np.asarray(head(model.config, decode_weights(model), state.hidden_BD))[0]
+        found = np.asarray(head(decode_weights(model), state.hidden_BD))[0]
         assert np.abs(found - logits).max() < 1e-5 * np.abs(logits).max()
 
 
@@ -157,7 +159,7 @@ def test_an_int8_cache_is_close():
     exact, rounded = (run(model, start(model, prompts, dtype)[0], asked) for dtype in ("float32", "int8"))
     assert rounded.layers[0].key_BGSK.dtype == np.int8
     np.testing.assert_array_equal(exact.tokens_BT, rounded.tokens_BT)
-    p, q = (log_softmax(head(model.config, decode_weights(model), state.hidden_BD)) for state in (exact, rounded))
+    p, q = (log_softmax(head(decode_weights(model), state.hidden_BD)) for state in (exact, rounded))
     divergence = (np.exp(p) * (p - q)).sum(axis=-1)
     assert (divergence > 0).all() and divergence.max() < 1e-3
 
@@ -171,6 +173,39 @@ def test_the_state_is_moved_on_in_its_own_memory():
     assert used.alias_size_in_bytes >= size
     cache = sum(leaf.nbytes for leaf in jax.tree.leaves(state.layers))
     assert used.temp_size_in_bytes < cache / 2
+
+
+def test_weights_that_are_stored_narrow_are_never_widened_at_once():
+    """The whole program beside its arguments takes less memory than the weights in float32 would."""
+    model = small("untied", "bfloat16")
+    weights, (state, _) = decode_weights(model), start(model, prompts_of(model, [9]))
+    used = decode.lower(model.config, weights, state, request(model, 1), jnp.int32(8)).compile().memory_analysis()
+    stored = sum(leaf.nbytes for leaf in jax.tree.leaves(model.parameters))
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) == pytest.approx(stored, rel=0.01)
+    assert used.temp_size_in_bytes < stored / 2
+
+
+def test_narrow_and_widened_weights_are_the_same_model():
+    model = small("untied", "bfloat16")
+    prompts, asked = prompts_of(model, [7, 4, 12]), request(model, 3, seed=[8, 9, 8])
+    narrow = decode_weights(model)
+    wide = widened(narrow)
+    assert {leaf.dtype for leaf in jax.tree.leaves(wide)} == {np.dtype("float32")}
+    found = [decode(model.config, weights, start(model, prompts)[0], asked, jnp.int32(T)) for weights in (narrow, wide)]
+    np.testing.assert_array_equal(found[0].tokens_BT, found[1].tokens_BT)
+    np.testing.assert_allclose(found[0].log_probabilities_BT, found[1].log_probabilities_BT, rtol=1e-4)
+
+
+def test_a_model_computed_in_bfloat16_decodes_with_the_weights_that_it_computes_with():
+    """On a CPU its arithmetic is float32, so as of weights that were rounded before."""
+    model, rounded = small(), small(stored="bfloat16")
+    model = MiniCPM(model.config, model.parameters, ComputeConfig(dtype="bfloat16"))
+    assert jax.tree.map(lambda leaf: leaf.dtype, decode_weights(model).layers) == jax.tree.map(
+        lambda leaf: leaf.dtype, decode_weights(rounded).layers
+    )
+    prompts = prompts_of(model, [7, 4, 12])
+    found = [run(each, start(each, prompts)[0], request(each, 3, seed=5)) for each in (model, rounded)]
+    np.testing.assert_array_equal(found[0].tokens_BT, found[1].tokens_BT)
 
 
 @pytest.mark.slow
