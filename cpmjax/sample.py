@@ -32,7 +32,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 import os
 import sys
 import time
@@ -49,6 +48,7 @@ from cpmjax.formats.loading import Stored, files_below, load, open_stored, recog
 from cpmjax.model.weights import Weights, checksum
 from cpmjax.run import cli
 from cpmjax.run.config import RunConfig
+from cpmjax.run.directory import json_line
 from cpmjax.run.errors import UserError
 from cpmjax.run.interrupt import SAVED_AND_STOPPED, StopRequest
 from cpmjax.sampling.chat import RELEASED_OPTIONS, Chat
@@ -284,7 +284,7 @@ def _checksum(weights: Weights) -> int:
 
 
 def _print(record: dict[str, Any]) -> None:
-    tqdm.write(json.dumps(record), file=sys.stdout)
+    tqdm.write(json_line(record, sys.stdout.encoding or "utf-8"), file=sys.stdout)
     sys.stdout.flush()
 
 

@@ -74,7 +74,7 @@ def sampled(*arguments: str | Path, stdin: bytes = b"") -> list[dict[str, Any]]:
     """The lines on the standard output of a command that must end well."""
     code, stdout, stderr = command(*arguments, stdin=stdin)
     assert code == 0, stderr
-    return [json.loads(line) for line in stdout.splitlines()]
+    return [json.loads(line) for line in stdout.encode().splitlines()]
 
 
 def refused(*arguments: str | Path, stdin: bytes = b"a\n") -> str:
@@ -269,6 +269,19 @@ def test_a_pipe_in_and_a_pipe_out(model):
     assert (process.wait(120), b"Traceback" in process.stderr.read()) == (0, False)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_text_comes_as_it_is_or_as_escapes(encoding):
+    prompts = ["你好\u2028🙂", "é\x85"]
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": encoding}
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = start(HISTORY, "--max-new-tokens", "2", env=environment, **streams)
+    stdout, stderr = process.communicate("\n".join(prompts).encode(), timeout=120)
+    assert process.returncode == 0, stderr
+    assert [json.loads(line)["prompt"] for line in stdout.splitlines()] == prompts
+    assert all((prompt.encode() in stdout) == (encoding == "utf-8") for prompt in prompts)
+
+
 def test_help_shows_everything(capsys):
     with pytest.raises(SystemExit) as caught:
         cpmjax.sample.main(["--help"])
@@ -320,6 +333,7 @@ def test_a_mistake_is_one_line(model, arguments):
         ('{"prompt": "a", "max_new_tokens": 2.5}', "max_new_tokens = 2.5: expected"),
         ('{"prompt": "a", "logit_bias": {"x": 1}}', "logit_bias = {'x': 1}; expected numbers by token id"),
         ('{"prompt": "a", "logit_bias": {"99999": 1}}', "logit_bias = 99999: expected a token id"),
+        ('{"prompt": "\\ud800"}', "prompt = '\\ud800': expected text, all of it Unicode"),
         ('{"ids": [1, 99999]}', "token of prompt = 99999: expected an id"),
         ('{"messages": [{"role": "robot", "content": "a"}]}', "messages[0].role = 'robot'; expected one of"),
         (json.dumps({"ids": [5] * 600}), "prompt = [5, 5, 5, 5, 5, 5, ...]: expected fewer tokens than the"),

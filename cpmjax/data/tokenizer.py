@@ -94,6 +94,15 @@ def _sample(documents: Iterable[str], limit: int) -> list[str]:
     return [text for _, text in sorted(kept)]
 
 
+def is_unicode(text: str) -> bool:
+    """Whether it is text at all: JSON can spell half of a surrogate pair, and Python holds it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class Tokenizer:
     """A sentencepiece model and how text starts in it.
 
@@ -166,7 +175,9 @@ class Tokenizer:
         return hashlib.sha256(f"{self.text_start}{added}\n".encode() + self.model).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without begin and end of text."""
+        """Ids of a text, without begin and end of text. Raises UserError if it is not `is_unicode`."""
+        if not is_unicode(text):
+            raise UserError(f"text = {reprlib.repr(text)}; expected text, all of it Unicode")
         return self._encode([text], threads=1)[0]
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:

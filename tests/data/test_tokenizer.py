@@ -52,6 +52,11 @@ def test_awkward_text_comes_back(text):
         assert not {0, tokenizer.bos, tokenizer.eos} & set(ids)
 
 
+@pytest.mark.parametrize("text", ["\ud800", "a\udc80b", "\ude00\ud83d"])
+def test_half_of_a_surrogate_pair_is_no_text(text):
+    assert one_line(trained().encode, text) == f"text = {text!r}; expected text, all of it Unicode"
+
+
 @settings(deadline=None)
 @given(st.text())
 def test_byte_lengths_add_up_to_the_bytes_of_the_text(text):

@@ -173,6 +173,7 @@ def test_a_stream_is_the_text_and_can_be_closed(sampler):
         ("a", {"max_new_tokens": 0}, "max_new_tokens of row 0 = 0: expected 1 to"),
         ("a", {"max_new_tokens": [1, 2]}, "max_new_tokens: 2 values; expected one"),
         ([[1, 300]], {}, "token of prompt of row 0 = 300: expected an id from 0 to 299"),
+        (["a", "\ud800"], {}, r"prompt of row 1 = '\\ud800': expected text, all of it Unicode"),
         ([[1], 7], {}, "prompt of row 1 = 7: expected text or a list"),
         (7, {}, "prompts = 7; expected"),
         ("a", {"temprature": 1}, "temprature.*temperature"),
