@@ -114,6 +114,8 @@ class Tokenizer:
     before all else, the leftmost and there the longest first, whoever wrote them. Each stretch between them is then a
     text of its own: with "prefix_space" a space goes before every one that is not empty.
 
+    `byte_values` are the bytes by token, of the pieces that stand for one byte each.
+
     decode(encode(text)) == text, except that U+2581, which stands for a space in the pieces, returns as a space.
     """
 
@@ -134,6 +136,9 @@ class Tokenizer:
         self.text_start = text_start
         self.chat_template = chat_template
         self._pieces = _processor(model, source)
+        # A name that no piece has gives <unk>, which is no byte.
+        tokens = {self._pieces.piece_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
+        self.byte_values = {token: byte for token, byte in tokens.items() if self._pieces.is_byte(token)}
         self._encoder = self._pieces
         if text_start == "prefix_space":
             self._encoder = _processor(_without_user_defined(model), source)
@@ -209,8 +214,12 @@ class Tokenizer:
             for added, group in groupby(known, self._added_texts.__contains__)
         )
 
+    def decode_pieces(self, ids: list[int]) -> str:
+        """Text of ids below those of the added tokens, as in the middle of a text: a space at the start stays."""
+        return self._pieces.decode(ids)
+
     def _decode_stretch(self, ids: list[int]) -> str:
-        text = self._pieces.decode(ids)
+        text = self.decode_pieces(ids)
         return text.removeprefix(" ") if self.text_start == "prefix_space" else text
 
     def byte_lengths(self) -> np.ndarray:
@@ -226,7 +235,7 @@ class Tokenizer:
             return len(self._added_texts[token].encode())
         if pieces.is_control(token) or pieces.is_unknown(token):
             return 0
-        return 1 if pieces.is_byte(token) else len(pieces.id_to_piece(token).replace(_SPACE, " ").encode())
+        return 1 if token in self.byte_values else len(pieces.id_to_piece(token).replace(_SPACE, " ").encode())
 
     def _start(self, text: str) -> str:
         return " " + text if text and self.text_start == "prefix_space" else text
