@@ -27,7 +27,7 @@ import cpmjax.sample
 from cpmjax.formats.loading import load, load_tokenizer
 from cpmjax.run import cli
 from cpmjax.run.interrupt import SAVED_AND_STOPPED
-from cpmjax.sampling.sampler import Sampler
+from cpmjax.sampling.sampler import Sample, Sampler
 
 HELP = "expected what python -m cpmjax.sample --help says"
 STEPS = (300_000, 390_000)
@@ -160,6 +160,29 @@ def test_every_step_with_one_compilation(tmp_path):
     assert lines[: len(TEXTS)] == first
     assert lines[len(TEXTS) :] == sampled(HISTORY, *flags)  # the newest
     assert [line["tokens"] for line in lines[: len(TEXTS)]] != [line["tokens"] for line in lines[len(TEXTS) :]]
+
+
+def test_a_batch_is_what_suits_the_device(monkeypatch):
+    sizes = []
+
+    def sampler(*arguments, max_batch, **keywords):
+        def call(prompts, **options):
+            sizes.append((len(prompts), max_batch))
+            return [Sample(ids, [7], "", [], None, None, "length") for ids in prompts]
+
+        return call
+
+    monkeypatch.setattr(cpmjax.sample, "Sampler", sampler)
+    stdin = b'{"ids": [5]}\n' * 40
+    for backend, flags, expected in (
+        ("cpu", (), [(32, None), (8, None)]),
+        ("tpu", (), [(40, None)]),
+        ("tpu", ("--batch", "20"), [(20, 20), (20, 20)]),
+    ):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        sizes.clear()
+        lines = sampled(HISTORY, *flags, stdin=stdin)
+        assert (len(lines), sizes) == (40, expected)
 
 
 # Interruptions.

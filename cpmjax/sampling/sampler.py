@@ -26,7 +26,7 @@ CacheDtype = Literal["compute", "float32", "int8"]
 
 _CHUNK = 8  # tokens between two looks at the text, where it decides how a row goes on or is wanted as it comes
 _SHORTEST = 16  # bucket of prompts and of new tokens
-_MOST_ROWS = 256
+MOST_ROWS = 256  # of a batch
 _SHARE = 0.25  # of a device's memory that the rows of a batch may take, beside the weights
 
 
@@ -228,7 +228,7 @@ class Sampler:
         memory = (device.memory_stats() or {}).get("bytes_limit", 0) if device.platform != "cpu" else 0
         memory = memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         fit = max(1, int(_SHARE * memory / row))
-        return min(_MOST_ROWS, 1 << (fit.bit_length() - 1))
+        return min(MOST_ROWS, 1 << (fit.bit_length() - 1))
 
 
 class _Row:
