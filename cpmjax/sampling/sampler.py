@@ -14,6 +14,7 @@ import numpy as np
 
 from cpmjax.data.tokenizer import Tokenizer
 from cpmjax.model import cache as caches
+from cpmjax.model.attention import CHUNK
 from cpmjax.model.transformer import MiniCPM
 from cpmjax.parallel.sharding import RULES
 from cpmjax.run.errors import UserError
@@ -218,12 +219,15 @@ class Sampler:
         return state, request, scores
 
     def _rows_that_fit(self, asked: Asked) -> int:
-        """How many rows the memory set aside for them holds: caches, logits and counts, and scores of the prefill."""
+        """How many rows the memory set aside for them holds: caches, logits and counts, and what the prefill takes."""
         if not asked.prompts:
             return 1
+        config = self.config
         prompt, new = bucket(max(map(len, asked.prompts)), _SHORTEST), bucket(int(asked.limit_R.max()), _SHORTEST)
-        cache = caches.row_bytes(self.config, prompt + new, jnp.dtype(self._cache_dtype))
-        row = cache + 32 * self.config.vocabulary + 8 * self.config.heads * prompt * prompt
+        cache = caches.row_bytes(config, prompt + new, jnp.dtype(self._cache_dtype))
+        scores = 8 * config.heads * min(prompt, CHUNK) * prompt  # of one chunk, before and after the softmax
+        activations = self._weights.embedding.dtype.itemsize * prompt * (3 * config.feed_forward + 12 * config.width)
+        row = cache + 32 * config.vocabulary + scores + activations
         device = next(iter(self._weights.embedding.devices()))
         memory = (device.memory_stats() or {}).get("bytes_limit", 0) if device.platform != "cpu" else 0
         memory = memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
