@@ -6,9 +6,7 @@ import contextlib
 import io
 import json
 import os
-import pty
 import random
-import select
 import signal
 import subprocess
 import sys
@@ -20,6 +18,7 @@ from typing import Any
 import jax
 import jobs
 import pytest
+import terminals
 import tunnel_jobs
 from formats.conversions import HISTORY, copy_history
 
@@ -374,53 +373,14 @@ def test_a_bad_line_is_named_and_what_was_made_is_kept(model, tmp_path, line, ex
 # On a terminal.
 
 
-IN_ITS_TERMINAL = """
-import fcntl, runpy, termios
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-runpy.run_module("cpmjax.sample", run_name="__main__", alter_sys=True)
-"""
-
-
-@contextlib.contextmanager
-def on_a_terminal(*arguments: str | Path):
-    """The command on a pseudo-terminal: yields (its process, wait(text) -> what was shown until then, type(text))."""
-    ours, theirs = pty.openpty()
-    # In a session of its own, with this terminal as the one whose Ctrl-C it gets.
-    process = subprocess.Popen(
-        [sys.executable, "-c", IN_ITS_TERMINAL, *map(str, arguments)],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        start_new_session=True,
-    )
-    os.close(theirs)
-    shown = bytearray()
-
-    def wait(text: str) -> str:
-        deadline = time.monotonic() + 60
-        while text.encode() not in shown:
-            assert time.monotonic() < deadline, shown.decode(errors="replace")
-            if select.select([ours], [], [], 0.1)[0]:
-                shown.extend(os.read(ours, 4096))
-        before, _, after = bytes(shown).partition(text.encode())
-        shown[:] = after
-        return before.decode(errors="replace")
-
-    def write(text: str) -> None:
-        os.write(ours, text.encode())
-
-    try:
-        yield process, wait, write
-    finally:
-        process.kill()
-        process.wait()
-        os.close(ours)
+CHAT = "import runpy; runpy.run_module('cpmjax.sample', run_name='__main__', alter_sys=True)"
 
 
 @pytest.mark.slow
 def test_a_chat_on_a_terminal(model, tmp_path):
     file = tmp_path / "chat.json"
-    with on_a_terminal(model, "--max-new-tokens", "40", "--temperature", "0") as (process, wait, write):
+    flags = ("--max-new-tokens", "40", "--temperature", "0")
+    with terminals.terminal(CHAT, model, *flags) as (process, wait, write):
         wait("Ctrl-D leaves")
         wait("> ")
         write("Hi\n")
@@ -438,11 +398,7 @@ def test_a_chat_on_a_terminal(model, tmp_path):
         wait("> ")
         for before in ("", "Once more\n"):  # at the prompt; while it answers, or just after
             write(f"{before}\x03")
-            # The terminal drops what it holds at a Ctrl-C, perhaps the prompt that follows too; and Python may notice
-            # one that comes just as it begins to read only when the line has ended.
-            time.sleep(0.5)
-            write("\n")
-            time.sleep(0.5)
+            time.sleep(0.5)  # the terminal drops what it holds at a Ctrl-C, perhaps the prompt that follows too
             write("/set\n")
             wait("max_new_tokens 30")
             wait("> ")
