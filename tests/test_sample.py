@@ -6,9 +6,7 @@ import contextlib
 import io
 import json
 import os
-import pty
 import random
-import select
 import signal
 import subprocess
 import sys
@@ -20,6 +18,7 @@ from typing import Any
 import jax
 import jobs
 import pytest
+import terminals
 import tunnel_jobs
 from formats.conversions import HISTORY, copy_history
 
@@ -27,7 +26,7 @@ import cpmjax.sample
 from cpmjax.formats.loading import load, load_tokenizer
 from cpmjax.run import cli
 from cpmjax.run.interrupt import SAVED_AND_STOPPED
-from cpmjax.sampling.sampler import Sampler
+from cpmjax.sampling.sampler import Sample, Sampler
 
 HELP = "expected what python -m cpmjax.sample --help says"
 STEPS = (300_000, 390_000)
@@ -74,7 +73,7 @@ def sampled(*arguments: str | Path, stdin: bytes = b"") -> list[dict[str, Any]]:
     """The lines on the standard output of a command that must end well."""
     code, stdout, stderr = command(*arguments, stdin=stdin)
     assert code == 0, stderr
-    return [json.loads(line) for line in stdout.splitlines()]
+    return [json.loads(line) for line in stdout.encode().splitlines()]
 
 
 def refused(*arguments: str | Path, stdin: bytes = b"a\n") -> str:
@@ -160,6 +159,29 @@ def test_every_step_with_one_compilation(tmp_path):
     assert lines[: len(TEXTS)] == first
     assert lines[len(TEXTS) :] == sampled(HISTORY, *flags)  # the newest
     assert [line["tokens"] for line in lines[: len(TEXTS)]] != [line["tokens"] for line in lines[len(TEXTS) :]]
+
+
+def test_a_batch_is_what_suits_the_device(monkeypatch):
+    sizes = []
+
+    def sampler(*arguments, max_batch, **keywords):
+        def call(prompts, **options):
+            sizes.append((len(prompts), max_batch))
+            return [Sample(ids, [7], "", [], None, None, "length") for ids in prompts]
+
+        return call
+
+    monkeypatch.setattr(cpmjax.sample, "Sampler", sampler)
+    stdin = b'{"ids": [5]}\n' * 40
+    for backend, flags, expected in (
+        ("cpu", (), [(32, None), (8, None)]),
+        ("tpu", (), [(40, None)]),
+        ("tpu", ("--batch", "20"), [(20, 20), (20, 20)]),
+    ):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        sizes.clear()
+        lines = sampled(HISTORY, *flags, stdin=stdin)
+        assert (len(lines), sizes) == (40, expected)
 
 
 # Interruptions.
@@ -269,6 +291,19 @@ def test_a_pipe_in_and_a_pipe_out(model):
     assert (process.wait(120), b"Traceback" in process.stderr.read()) == (0, False)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_text_comes_as_it_is_or_as_escapes(encoding):
+    prompts = ["你好\u2028🙂", "é\x85"]
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": encoding}
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = start(HISTORY, "--max-new-tokens", "2", env=environment, **streams)
+    stdout, stderr = process.communicate("\n".join(prompts).encode(), timeout=120)
+    assert process.returncode == 0, stderr
+    assert [json.loads(line)["prompt"] for line in stdout.splitlines()] == prompts
+    assert all((prompt.encode() in stdout) == (encoding == "utf-8") for prompt in prompts)
+
+
 def test_help_shows_everything(capsys):
     with pytest.raises(SystemExit) as caught:
         cpmjax.sample.main(["--help"])
@@ -320,6 +355,7 @@ def test_a_mistake_is_one_line(model, arguments):
         ('{"prompt": "a", "max_new_tokens": 2.5}', "max_new_tokens = 2.5: expected"),
         ('{"prompt": "a", "logit_bias": {"x": 1}}', "logit_bias = {'x': 1}; expected numbers by token id"),
         ('{"prompt": "a", "logit_bias": {"99999": 1}}', "logit_bias = 99999: expected a token id"),
+        ('{"prompt": "\\ud800"}', "prompt = '\\ud800': expected text, all of it Unicode"),
         ('{"ids": [1, 99999]}', "token of prompt = 99999: expected an id"),
         ('{"messages": [{"role": "robot", "content": "a"}]}', "messages[0].role = 'robot'; expected one of"),
         (json.dumps({"ids": [5] * 600}), "prompt = [5, 5, 5, 5, 5, 5, ...]: expected fewer tokens than the"),
@@ -337,53 +373,14 @@ def test_a_bad_line_is_named_and_what_was_made_is_kept(model, tmp_path, line, ex
 # On a terminal.
 
 
-IN_ITS_TERMINAL = """
-import fcntl, runpy, termios
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-runpy.run_module("cpmjax.sample", run_name="__main__", alter_sys=True)
-"""
-
-
-@contextlib.contextmanager
-def on_a_terminal(*arguments: str | Path):
-    """The command on a pseudo-terminal: yields (its process, wait(text) -> what was shown until then, type(text))."""
-    ours, theirs = pty.openpty()
-    # In a session of its own, with this terminal as the one whose Ctrl-C it gets.
-    process = subprocess.Popen(
-        [sys.executable, "-c", IN_ITS_TERMINAL, *map(str, arguments)],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        start_new_session=True,
-    )
-    os.close(theirs)
-    shown = bytearray()
-
-    def wait(text: str) -> str:
-        deadline = time.monotonic() + 60
-        while text.encode() not in shown:
-            assert time.monotonic() < deadline, shown.decode(errors="replace")
-            if select.select([ours], [], [], 0.1)[0]:
-                shown.extend(os.read(ours, 4096))
-        before, _, after = bytes(shown).partition(text.encode())
-        shown[:] = after
-        return before.decode(errors="replace")
-
-    def write(text: str) -> None:
-        os.write(ours, text.encode())
-
-    try:
-        yield process, wait, write
-    finally:
-        process.kill()
-        process.wait()
-        os.close(ours)
+CHAT = "import runpy; runpy.run_module('cpmjax.sample', run_name='__main__', alter_sys=True)"
 
 
 @pytest.mark.slow
 def test_a_chat_on_a_terminal(model, tmp_path):
     file = tmp_path / "chat.json"
-    with on_a_terminal(model, "--max-new-tokens", "40", "--temperature", "0") as (process, wait, write):
+    flags = ("--max-new-tokens", "40", "--temperature", "0")
+    with terminals.terminal(CHAT, model, *flags) as (process, wait, write):
         wait("Ctrl-D leaves")
         wait("> ")
         write("Hi\n")
@@ -401,11 +398,7 @@ def test_a_chat_on_a_terminal(model, tmp_path):
         wait("> ")
         for before in ("", "Once more\n"):  # at the prompt; while it answers, or just after
             write(f"{before}\x03")
-            # The terminal drops what it holds at a Ctrl-C, perhaps the prompt that follows too; and Python may notice
-            # one that comes just as it begins to read only when the line has ended.
-            time.sleep(0.5)
-            write("\n")
-            time.sleep(0.5)
+            time.sleep(0.5)  # the terminal drops what it holds at a Ctrl-C, perhaps the prompt that follows too
             write("/set\n")
             wait("max_new_tokens 30")
             wait("> ")

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Literal
 
-from cpmjax.data.tokenizer import Tokenizer
+from cpmjax.data.tokenizer import Tokenizer, is_unicode
 from cpmjax.run.errors import UserError
 
 Message = Mapping[str, str]
@@ -92,7 +92,7 @@ def check(messages: Sequence[Message]) -> None:
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise UserError(f"messages[{index}].role = {reprlib.repr(role)}; expected one of {', '.join(ROLES)}")
-        if not isinstance(content, str) or re.search("[\ud800-\udfff]", content):
+        if not isinstance(content, str) or not is_unicode(content):
             raise UserError(f"messages[{index}].content = {reprlib.repr(content)}; expected text, all of it Unicode")
 
 

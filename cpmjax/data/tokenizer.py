@@ -94,6 +94,15 @@ def _sample(documents: Iterable[str], limit: int) -> list[str]:
     return [text for _, text in sorted(kept)]
 
 
+def is_unicode(text: str) -> bool:
+    """Whether it is text at all: JSON can spell half of a surrogate pair, and Python holds it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class Tokenizer:
     """A sentencepiece model and how text starts in it.
 
@@ -104,6 +113,8 @@ class Tokenizer:
     `added_tokens` are texts with ids after the last piece, as MiniCPM-2B-128k has seven. They are cut out of a text
     before all else, the leftmost and there the longest first, whoever wrote them. Each stretch between them is then a
     text of its own: with "prefix_space" a space goes before every one that is not empty.
+
+    `byte_values` are the bytes by token, of the pieces that stand for one byte each.
 
     decode(encode(text)) == text, except that U+2581, which stands for a space in the pieces, returns as a space.
     """
@@ -125,6 +136,9 @@ class Tokenizer:
         self.text_start = text_start
         self.chat_template = chat_template
         self._pieces = _processor(model, source)
+        # A name that no piece has gives <unk>, which is no byte.
+        tokens = {self._pieces.piece_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
+        self.byte_values = {token: byte for token, byte in tokens.items() if self._pieces.is_byte(token)}
         self._encoder = self._pieces
         if text_start == "prefix_space":
             self._encoder = _processor(_without_user_defined(model), source)
@@ -166,7 +180,9 @@ class Tokenizer:
         return hashlib.sha256(f"{self.text_start}{added}\n".encode() + self.model).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without begin and end of text."""
+        """Ids of a text, without begin and end of text. Raises UserError if it is not `is_unicode`."""
+        if not is_unicode(text):
+            raise UserError(f"text = {reprlib.repr(text)}; expected text, all of it Unicode")
         return self._encode([text], threads=1)[0]
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -198,8 +214,12 @@ class Tokenizer:
             for added, group in groupby(known, self._added_texts.__contains__)
         )
 
+    def decode_pieces(self, ids: list[int]) -> str:
+        """Text of ids below those of the added tokens, as in the middle of a text: a space at the start stays."""
+        return self._pieces.decode(ids)
+
     def _decode_stretch(self, ids: list[int]) -> str:
-        text = self._pieces.decode(ids)
+        text = self.decode_pieces(ids)
         return text.removeprefix(" ") if self.text_start == "prefix_space" else text
 
     def byte_lengths(self) -> np.ndarray:
@@ -215,7 +235,7 @@ class Tokenizer:
             return len(self._added_texts[token].encode())
         if pieces.is_control(token) or pieces.is_unknown(token):
             return 0
-        return 1 if pieces.is_byte(token) else len(pieces.id_to_piece(token).replace(_SPACE, " ").encode())
+        return 1 if token in self.byte_values else len(pieces.id_to_piece(token).replace(_SPACE, " ").encode())
 
     def _start(self, text: str) -> str:
         return " " + text if text and self.text_start == "prefix_space" else text

@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import errno
 import inspect
+import io
 import json
 import os
 import re
@@ -381,6 +382,8 @@ def main(job: Callable[[list[str]], int | None]) -> NoReturn:
 
     Only errors that nobody foresaw show a traceback.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: a terminal of ASCII ends no job
     try:
         sys.exit(job(sys.argv[1:]))
     except KeyboardInterrupt:

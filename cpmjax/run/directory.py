@@ -6,6 +6,7 @@ once its newline is there. `config.yaml` is written last when a run is created: 
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import fcntl
 import importlib.metadata
@@ -25,6 +26,9 @@ from cpmjax.run.errors import UserError
 
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "cpmjax")
 _FIRST_WORDS = b"# fingerprint: "  # of every config.yaml, see dump
+
+_ESCAPE = "cpmjax.json_escape"
+codecs.register_error(_ESCAPE, lambda error: (json.dumps(error.object[error.start : error.end])[1:-1], error.end))  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -64,8 +68,14 @@ def only_writer(folder: Path, what: str) -> Iterator[None]:
         yield
 
 
+def json_line(record: dict[str, Any], encoding: str = "utf-8") -> str:
+    """A record as one line of JSON without its newline: text as it is, and a JSON escape in place of each character
+    that the encoding has no bytes for (UTF-8: half of a surrogate pair)."""
+    return json.dumps(record, ensure_ascii=False).encode(encoding, _ESCAPE).decode(encoding)
+
+
 class Lines:
-    """An append-only .jsonl file: one record a line.
+    """An append-only .jsonl file in UTF-8: one record a line.
 
     Opening it drops a last line that a kill cut short. Floats are written so that they read back bit for bit; NaN
     and infinities as the bare words NaN, Infinity and -Infinity, which Python's json reads (strict readers do not).
@@ -85,7 +95,7 @@ class Lines:
     def append(self, record: dict[str, Any]) -> None:
         """Writes one line and hands it to the operating system."""
         with _named(self.path):
-            self._file.write(json.dumps(record).encode() + b"\n")
+            self._file.write(json_line(record).encode() + b"\n")
             self._file.flush()
 
     def sync(self) -> None:

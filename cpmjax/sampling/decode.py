@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from cpmjax.model import cache as caches
 from cpmjax.model import rotary
-from cpmjax.model.attention import Places, attend
+from cpmjax.model.attention import Places, attend_chunked
 from cpmjax.model.cache import LayerCache
 from cpmjax.model.linear import Narrow, linear
 from cpmjax.model.transformer import ACTIVATION, rms_norm
@@ -82,7 +82,7 @@ def prefill(
 
     def mix(query_BLHK: jax.Array, key_BLGK: jax.Array, value_BLGK: jax.Array) -> tuple[jax.Array, LayerCache]:
         cache = caches.of_prompt(key_BLGK, value_BLGK, prompt + new_tokens, jnp.dtype(cache_dtype))
-        return attend(query_BLHK, key_BLGK, value_BLGK, places, places), cache
+        return attend_chunked(query_BLHK, key_BLGK, value_BLGK, places, places), cache
 
     x_BPD, layers = embed(weights, tokens_BP), []
     for leaves in weights.layers:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn, TypeGuard
 import jax
 import numpy as np
 
-from cpmjax.data.tokenizer import Tokenizer
+from cpmjax.data.tokenizer import Tokenizer, is_unicode
 from cpmjax.run.config import ModelConfig
 from cpmjax.run.errors import UserError
 from cpmjax.sampling.options import Options, make_options
@@ -68,6 +68,8 @@ def _ids(config: ModelConfig, tokenizer: Tokenizer | None, row: int, prompt: Pro
     if isinstance(prompt, str):
         if tokenizer is None:
             _refuse("prompt", row, prompt, "token ids, since the sampler has no tokenizer")
+        if not is_unicode(prompt):
+            _refuse("prompt", row, prompt, "text, all of it Unicode")
         ids = [tokenizer.bos, *tokenizer.encode(prompt)] if prompt else []
     elif _is_list(prompt):
         ids = [_token(config, "prompt", row, token) for token in prompt]

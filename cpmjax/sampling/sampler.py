@@ -15,6 +15,7 @@ import numpy as np
 
 from cpmjax.data.tokenizer import Tokenizer
 from cpmjax.model import cache as caches
+from cpmjax.model.attention import CHUNK
 from cpmjax.model.linear import FEW
 from cpmjax.model.transformer import MiniCPM
 from cpmjax.parallel.sharding import RULES
@@ -28,7 +29,7 @@ CacheDtype = Literal["compute", "float32", "int8"]
 
 _CHUNK = 8  # tokens between two looks at the text, where it decides how a row goes on or is wanted as it comes
 _SHORTEST = 16  # bucket of prompts and of new tokens
-_MOST_ROWS = 256
+MOST_ROWS = 256  # of a batch
 _SHARE = 0.25  # of a device's memory that the rows of a batch may take, beside the weights
 
 
@@ -228,17 +229,20 @@ class Sampler:
         return state, request, scores
 
     def _rows_that_fit(self, asked: Asked) -> int:
-        """How many rows the memory set aside for them holds: caches, logits and counts, and scores of the prefill."""
+        """How many rows the memory set aside for them holds: caches, logits and counts, and what the prefill takes."""
         if not asked.prompts:
             return 1
+        config = self.config
         prompt, new = bucket(max(map(len, asked.prompts)), _SHORTEST), bucket(int(asked.limit_R.max()), _SHORTEST)
-        cache = caches.row_bytes(self.config, prompt + new, jnp.dtype(self._cache_dtype))
-        row = cache + 32 * self.config.vocabulary + 8 * self.config.heads * prompt * prompt
+        cache = caches.row_bytes(config, prompt + new, jnp.dtype(self._cache_dtype))
+        scores = 8 * config.heads * min(prompt, CHUNK) * prompt  # of one chunk, before and after the softmax
+        activations = self._weights.embedding.dtype.itemsize * prompt * (3 * config.feed_forward + 12 * config.width)
+        row = cache + 32 * config.vocabulary + scores + activations
         device = next(iter(self._weights.embedding.devices()))
         memory = (device.memory_stats() or {}).get("bytes_limit", 0) if device.platform != "cpu" else 0
         memory = memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         fit = max(1, int(_SHARE * memory / row))
-        return min(_MOST_ROWS, 1 << (fit.bit_length() - 1))
+        return min(MOST_ROWS, 1 << (fit.bit_length() - 1))
 
 
 class _Row:

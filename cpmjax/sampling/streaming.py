@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from itertools import groupby
-
-from sentencepiece import SentencePieceProcessor
 
 from cpmjax.data.tokenizer import Tokenizer
 from cpmjax.run.errors import UserError
@@ -78,7 +75,8 @@ class _Decoder:
     """`Tokenizer.decode`, bit by bit: what it returns together is what decode gives for all ids."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._pieces = _pieces(tokenizer.model)
+        self._tokenizer = tokenizer
+        self._bytes = tokenizer.byte_values
         self._added = {token: text for text, token in tokenizer.added_tokens.items()}
         self._vocabulary = tokenizer.vocabulary
         self._drops_space = tokenizer.text_start == "prefix_space"
@@ -98,16 +96,15 @@ class _Decoder:
         return self._stretch(self._utf8.decode(b"", final=True))
 
     def _kind(self, token: int) -> str:
-        return "added" if token in self._added else "byte" if self._pieces.is_byte(token) else "piece"
+        return "added" if token in self._added else "byte" if token in self._bytes else "piece"
 
     def _group(self, kind: str, ids: list[int]) -> str:
         if kind == "byte":
-            names = self._pieces.id_to_piece(ids)  # such as <0xE4>
-            return self._stretch(self._utf8.decode(bytes(int(name[3:-1], 16) for name in names)))
+            return self._stretch(self._utf8.decode(bytes(self._bytes[token] for token in ids)))
         # Bytes on both sides of another token never make a character, even where that token says nothing.
         before = self.finish()
         if kind == "piece":
-            return before + self._stretch(self._pieces.decode(ids))
+            return before + self._stretch(self._tokenizer.decode_pieces(ids))
         self._at_start = True
         return before + "".join(self._added[token] for token in ids)
 
@@ -116,8 +113,3 @@ class _Decoder:
             self._at_start = False
             return text.removeprefix(" ") if self._drops_space else text
         return text
-
-
-@lru_cache(maxsize=4)
-def _pieces(model: bytes) -> SentencePieceProcessor:
-    return SentencePieceProcessor(model_proto=model)

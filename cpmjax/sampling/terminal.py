@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ HELP = """\
 /quit               leaves, and so does Ctrl-D
 Ctrl-C              ends an answer; what came of it is kept
 A line that begins with / is a command; with a space in front it is text."""
+_SECONDS_BETWEEN_LOOKS = 0.1
 _COMMANDS = ("/set", "/reset", "/save", "/help", "/quit")
 
 
@@ -87,7 +89,7 @@ def converse(sampler: Sampler, conversation: Conversation, options: Options, sto
     print("/help says what can be typed; Ctrl-D leaves")
     while True:
         try:
-            line = input("> ")
+            line = _read()
             if line.strip() == "/quit":
                 return
             if line.startswith("/"):
@@ -101,6 +103,21 @@ def converse(sampler: Sampler, conversation: Conversation, options: Options, sto
         except EOFError:
             print()
             return
+
+
+def _read() -> str:
+    """A line of the terminal.
+
+    A Ctrl-C that comes when Python does not wait for a key yet, it would notice when the line has ended, and drop that
+    line. A timer makes it look.
+    """
+    before = signal.signal(signal.SIGALRM, lambda number, frame: None)
+    signal.setitimer(signal.ITIMER_REAL, _SECONDS_BETWEEN_LOOKS, _SECONDS_BETWEEN_LOOKS)
+    try:
+        return input("> ")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _answer(text: str, sampler: Sampler, conversation: Conversation, options: Options, stop: Sequence[str]) -> None:

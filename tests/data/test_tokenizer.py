@@ -52,6 +52,11 @@ def test_awkward_text_comes_back(text):
         assert not {0, tokenizer.bos, tokenizer.eos} & set(ids)
 
 
+@pytest.mark.parametrize("text", ["\ud800", "a\udc80b", "\ude00\ud83d"])
+def test_half_of_a_surrogate_pair_is_no_text(text):
+    assert one_line(trained().encode, text) == f"text = {text!r}; expected text, all of it Unicode"
+
+
 @settings(deadline=None)
 @given(st.text())
 def test_byte_lengths_add_up_to_the_bytes_of_the_text(text):
@@ -68,6 +73,10 @@ def test_the_pieces_are_laid_out_as_minicpms():
     assert trained().vocabulary == model.vocab_size() == 1000
     assert (trained().bos, trained().eos) == (1, 2)
     assert sum(map(model.is_byte, range(1000))) == 256
+    assert trained().byte_values == {
+        token: int(model.id_to_piece(token)[3:-1], 16) for token in range(1000) if model.is_byte(token)
+    }
+    assert [trained().byte_values[token] for token in trained().encode("é")[-2:]] == [*"é".encode()]
     pieces = [model.id_to_piece(token) for token in range(1000) if not model.is_byte(token)]
     assert not [piece for piece in pieces if len(piece) > 1 and any(character.isdigit() for character in piece)]
     assert [piece for piece in pieces if piece.strip("\u2581") == "" and len(piece) > 1]

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from cpmjax.run import directory as module
 from cpmjax.run.cli import decode
 from cpmjax.run.config import CheckpointConfig, Config, DataConfig, RunConfig, TextFolder, TrainingConfig
-from cpmjax.run.directory import Lines, RunDirectory, write_atomically
+from cpmjax.run.directory import Lines, RunDirectory, json_line, write_atomically
 from cpmjax.run.errors import UserError
 from cpmjax.run.schedule import WSD, Cosine
 
@@ -116,6 +116,23 @@ def test_records_read_back_exactly(tmp_path_factory: pytest.TempPathFactory, rec
             assert struct.pack("d", read[key]) == struct.pack("d", value)
         else:
             assert read[key] == value or (math.isnan(value) and math.isnan(read[key]))
+
+
+def test_text_is_there_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    records = [{"text": "你好 é🙂\u2028\u2029\u0085\x0b\x1c\n\r"}, {"text": "a\ud800b\udc80你"}]
+    lines = Lines(path)
+    for record in records:
+        lines.append(record)
+    lines.close()
+    first, second, rest = path.read_bytes().split(b"\n")
+    assert first.decode().startswith('{"text": "你好 é🙂\u2028\u2029\u0085') and rest == b""
+    assert second.decode() == '{"text": "a\\ud800b\\udc80你"}'  # UTF-8 has no bytes for these two
+    assert Lines.read(path) == records
+    assert json_line(records[0], "ascii").isascii()
+    assert [
+        json.loads(json_line(record, encoding)) for encoding in ("ascii", "gbk") for record in records
+    ] == records * 2
 
 
 @pytest.mark.parametrize("torn", [b"{", b'{"step": 4', b'{"step": 4}', b"\x00" * 9, "é".encode()[:1]])

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cpmjax.model.attention import CHUNK
 from cpmjax.model.initialise import initialise
 from cpmjax.model.transformer import MiniCPM
 from cpmjax.run.config import ComputeConfig, ModelConfig
@@ -98,6 +99,29 @@ def test_the_cache_changes_nothing(name, stored):
         np.testing.assert_allclose(state.log_probabilities_BT[row], expected[length - 1 :], rtol=1e-5, atol=1e-5)
         best = np.sort(log_softmax(logits[length - 1 : -1]), axis=-1)[:, :-5:-1]
         np.testing.assert_allclose(state.top_values_BTC[row], best, rtol=1e-5, atol=1e-5)
+
+
+def test_a_prompt_of_several_chunks():
+    model = small()
+    prompts = prompts_of(model, [CHUNK + 200, CHUNK - 10])
+    state, scores = start(model, prompts, score=True)
+    assert scores.shape == (2, 2 * CHUNK)
+    found = np.asarray(head(model.config, decode_weights(model), state.hidden_BD))
+    for row, prompt in enumerate(prompts):
+        logits = np.asarray(model(np.asarray([prompt], np.int32))[0])
+        assert np.abs(found[row] - logits[-1]).max() < 1e-5 * np.abs(logits[-1]).max()
+        expected = log_softmax(logits)[np.arange(len(prompt) - 1), prompt[1:]]
+        np.testing.assert_allclose(scores[row, 1 : len(prompt)], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_prefill_of_a_long_prompt_holds_nothing_quadratic_and_not_all_logits():
+    config, length = replace(SMALL, vocabulary=30_000), 16384
+    weights = jax.eval_shape(lambda: decode_weights(MiniCPM(config, initialise(config, jax.random.key(0)))))
+    shapes = jax.ShapeDtypeStruct((1, length), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    lowered = prefill.lower(config, weights, *shapes, new_tokens=T, cache_dtype="float32", score=True)
+    temporary = lowered.compile().memory_analysis().temp_size_in_bytes
+    # Scores of one chunk, twice, and a few vectors a token. All scores are 13 times as much, all logits 6 times.
+    assert temporary < 2.5 * 4 * config.heads * CHUNK * length
 
 
 def test_dynamic_scaling_follows_the_prompt_and_not_its_padding():

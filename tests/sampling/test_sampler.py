@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -23,6 +24,7 @@ from cpmjax.parallel.mesh import make_mesh
 from cpmjax.parallel.sharding import partition
 from cpmjax.run.config import MeshConfig, ModelConfig
 from cpmjax.sampling.decode import decode, prefill, take
+from cpmjax.sampling.request import check
 
 VOCABULARY = 300
 CONFIG = ModelConfig(
@@ -173,6 +175,7 @@ def test_a_stream_is_the_text_and_can_be_closed(sampler):
         ("a", {"max_new_tokens": 0}, "max_new_tokens of row 0 = 0: expected 1 to"),
         ("a", {"max_new_tokens": [1, 2]}, "max_new_tokens: 2 values; expected one"),
         ([[1, 300]], {}, "token of prompt of row 0 = 300: expected an id from 0 to 299"),
+        (["a", "\ud800"], {}, r"prompt of row 1 = '\\ud800': expected text, all of it Unicode"),
         ([[1], 7], {}, "prompt of row 1 = 7: expected text or a list"),
         (7, {}, "prompts = 7; expected"),
         ("a", {"temprature": 1}, "temprature.*temperature"),
@@ -199,6 +202,20 @@ def test_without_a_tokenizer_there_are_ids_alone(world):
         with pytest.raises(UserError, match="no tokenizer"):
             refused()
     assert sampler([]) == []
+
+
+@pytest.mark.parametrize("length", [200, 4000])
+def test_the_rows_that_fit_take_their_share_of_the_memory(length, monkeypatch):
+    """As the compiler counts what their prefill takes: no more than a quarter, and no small part of it."""
+    config = replace(CONFIG, width=256, heads=8, kv_heads=4, feed_forward=512, context=8192)
+    sampler = Sampler(MiniCPM(config, jax.jit(initialise, static_argnums=0)(config, jax.random.key(0))))
+    memory = {200: 2**28, 4000: 2**32}[length]
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": memory}.__getitem__)
+    rows = sampler._rows_that_fit(check(config, None, [[1] * length], 16, None, {}))
+    tokens, lengths = np.zeros((rows, 1 << (length - 1).bit_length()), np.int32), np.ones(rows, np.int32)
+    lowered = prefill.lower(config, sampler._weights, tokens, lengths, new_tokens=16, cache_dtype="float32")
+    sizes = lowered.compile().memory_analysis()
+    assert memory / 16 < sizes.temp_size_in_bytes + sizes.output_size_in_bytes < memory / 4
 
 
 def check_a_mesh() -> None:

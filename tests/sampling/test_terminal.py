@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import terminals
 
 from cpmjax.data.tokenizer import Tokenizer
 from cpmjax.sampling.chat import Chat
@@ -125,3 +126,29 @@ def test_save_help_and_quit(talk, tmp_path):
     assert "\n".join(printed).endswith(HELP.rpartition("\n")[0])
     messages = json.loads(file.read_text())["messages"]
     assert [message["role"] for message in messages] == ["user", "assistant"]
+
+
+INTERRUPTED_AS_IT_BEGINS_TO_READ = """
+import builtins, ctypes, functools, readline, signal, types
+from cpmjax.sampling.terminal import converse
+
+def read(prompt, read=input, hooks=iter([functools.partial(ctypes.CDLL(None)["raise"], int(signal.SIGINT))])):
+    readline.set_startup_hook(next(hooks, None))  # no line of Python comes between the signal and the waiting for a key
+    return read(prompt)
+
+builtins.input = read
+conversation = types.SimpleNamespace(dropped=[], stop=(), prompt_ids=lambda text: [text], add=lambda answer: None)
+sampler = types.SimpleNamespace(stream=lambda ids, **options: [f"answer to {ids[0]}"])
+converse(sampler, conversation, {"max_new_tokens": 1})
+"""
+
+
+def test_a_ctrl_c_as_it_begins_to_read_does_not_wait_for_the_next_line():
+    pytest.importorskip("readline")
+    with terminals.terminal(INTERRUPTED_AS_IT_BEGINS_TO_READ) as (process, wait, write):
+        wait("> ")
+        wait("\r\n> ")  # nothing was typed
+        write("Hi\n")
+        wait("answer to Hi\r\n> ")
+        write("\x04")
+        assert process.wait(60) == 0
