@@ -191,7 +191,7 @@ def _divisor(length: jax.Array, request: BeamRequest) -> jax.Array:
 
 def _take(tree: Any, index_NI: jax.Array) -> Any:
     """Other entries of arrays [N, W, ...]: of each prompt those that the index names, [N, I, ...]."""
-    # A gather within each prompt: a mesh that splits prompts moves nothing.
+    # A gather within each prompt: a mesh that splits prompts moves no cache from part to part.
     return jax.tree.map(lambda x: jax.vmap(lambda row, index: row[index])(x, index_NI), tree)
 
 

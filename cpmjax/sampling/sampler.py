@@ -130,12 +130,12 @@ class Sampler:
         length_penalty: float = 1.0,
         stop_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
     ) -> list[list[Sample]]:
-        """The best continuations that beam search finds -> for each prompt, best first, as many as `beams` or all.
+        """The most probable continuations that beam search finds -> for each prompt at most `beams`, best first.
 
         They are ranked by `score`: the sum of their log-probabilities, divided by the number of their tokens to the
         power of `length_penalty`, a stop id counted in both. 0 ranks by probability alone, 1 by the mean of a token;
-        what is higher favours the long. One ends with a stop id or after max_new_tokens, and the search where no
-        longer one could still be among the best. `cpmjax.sampling.beam` says how it goes.
+        what is higher favours the long. Each ends with a stop id or after max_new_tokens, and the search as soon as
+        none that goes on could still be among the best. `cpmjax.sampling.beam` says how it goes.
 
         Prompts, `max_new_tokens` and `stop_ids` as in a call. The beams of a prompt run together, each as one row. What
         is found depends on the prompt alone, up to the last bits of the logits. Raises UserError, naming the value,

@@ -101,10 +101,10 @@ def test_wide_enough_it_finds_the_best_of_all(length_penalty):
 @pytest.mark.parametrize("beams", [1, 4, 5])
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, -1.0])
 def test_as_a_plain_search(beams, length_penalty):
-    """Prompts of other lengths, limits and stop ids together, one of whose beams have more stop ids than places."""
+    """Prompts of other lengths, limits and stop ids together; one has far more stop ids than beams, and each twice."""
     model = make_model()
     prompts, limits = [[1, 20, 30], [7] * 5 + [9] * 12, [96]], [12, 7, 9]
-    stop_ids = [[2, 2], [], list(range(40))]
+    stop_ids = [[2], [], list(range(40)) * 2]
     found = Sampler(model).beam_search(
         prompts, beams=beams, max_new_tokens=limits, length_penalty=length_penalty, stop_ids=stop_ids
     )
@@ -138,35 +138,36 @@ def test_one_beam_is_greedy():
         assert found.score == pytest.approx(sum(expected.logprobs), abs=1e-5)
 
 
-def start(model, prompts, beams, new_tokens=32, cache_dtype="float32"):
+def start(model, prompts, beams, new_tokens=16):
     tokens, lengths = np.zeros((len(prompts), 16), np.int32), [len(prompt) for prompt in prompts]
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     weights = decode_weights(model)
     state, _ = prefill(
-        model.config, weights, tokens, jnp.asarray(lengths), new_tokens=new_tokens, cache_dtype=cache_dtype
+        model.config, weights, tokens, jnp.asarray(lengths), new_tokens=new_tokens, cache_dtype="float32"
     )
     return weights, spread(state, beams=beams)
 
 
 def test_ending_early_changes_nothing(monkeypatch):
-    model, prompts = make_model(), [[1, 20, 30], [5, 5], [60, 2, 9, 11], [33]]
-    to_the_limit = jax.jit(lambda *arguments: search.__wrapped__(model.config, *arguments))
-    stop_ids = jnp.broadcast_to(jnp.arange(0, VOCABULARY, 8), (len(prompts), 13))
-    steps = {}
-    for length_penalty in (-1.5, -0.1, 0.0, 0.3, 1.0, 2.0):
-        request = BeamRequest(stop_ids, jnp.full(len(prompts), 30), jnp.float32(length_penalty))
-        weights, state = start(model, prompts, beams=3)
-        with monkeypatch.context() as patched:
-            patched.setattr(beam, "_hopeless", lambda *_: jnp.zeros(len(prompts), bool))
-            whole = to_the_limit(weights, state, request)
-        early = search(model.config, weights, state, request)
-        for found, expected in zip(early.finished, whole.finished, strict=True):
-            np.testing.assert_array_equal(found, expected)
-        assert whole.step == 30
-        steps[length_penalty] = int(early.step)
-    assert steps[-1.5] < 30 and steps[0.0] < 30 and steps[0.3] < 30, steps
-    assert list(steps.values()) == sorted(steps.values()), steps  # the more the long is favoured, the longer
+    """64 prompts, of a blunt model whose hypotheses soon have no hope, and of a sharp one whose laggards often win."""
+    draw = np.random.default_rng(0)
+    prompts = [draw.integers(0, VOCABULARY, length).tolist() for length in draw.integers(1, 6, 64)]
+    limits = jnp.asarray(draw.integers(8, 17, 64))
+    stop_ids = jnp.asarray(np.argsort(draw.random((64, VOCABULARY)))[:, :16])
+    blunt, sharp = make_model(), make_model(sharpness=20.0)
+    to_the_limit = jax.jit(lambda *arguments: search.__wrapped__(blunt.config, *arguments))
+    for length_penalty in (-1.5, -0.5, 0.0, 0.3, 1.0, 1.5):
+        for model in (blunt, sharp):
+            request = BeamRequest(stop_ids, limits, jnp.float32(length_penalty))
+            weights, state = start(model, prompts, beams=3)
+            with monkeypatch.context() as patched:
+                patched.setattr(beam, "_hopeless", lambda *_: jnp.zeros(len(prompts), bool))
+                whole = to_the_limit(weights, state, request)
+            early = search(model.config, weights, state, request)
+            for found, expected in zip(early.finished, whole.finished, strict=True):
+                np.testing.assert_array_equal(found, expected)
+            assert whole.step == 16 and (early.step < 16 or model is sharp or length_penalty >= 1)
 
 
 def test_a_prompt_does_not_know_of_the_others():
