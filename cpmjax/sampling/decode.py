@@ -148,7 +148,7 @@ def decode(
         stopped_B = jnp.any(token_B[:, None] == request.stop_ids_BJ, axis=1)
         generated_B = state.generated_B + going_B
         slot_B = state.length_B  # of the new token; a row that has ended writes over what nobody will read
-        layers, hidden_BD = _read(config, weights, state.layers, token_B, slot_B)
+        layers, hidden_BD = read(config, weights, state.layers, token_B, slot_B)
         state = state._replace(
             layers=layers,
             hidden_BD=hidden_BD,
@@ -212,7 +212,7 @@ def block(
     return x_BLD, cache
 
 
-def _read(
+def read(
     config: ModelConfig, weights: DecodeWeights, layers: tuple[LayerCache, ...], token_B: jax.Array, slot_B: jax.Array
 ) -> tuple[tuple[LayerCache, ...], jax.Array]:
     """One token a row, through all layers -> (caches that have it, its hidden state [B, D] after the final norm)."""

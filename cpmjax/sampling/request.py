@@ -5,6 +5,7 @@ R rows of a call, J stop ids.
 
 from __future__ import annotations
 
+import math
 import numbers
 import reprlib
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ class Asked(NamedTuple):
 
     prompts: list[list[int]]
     limit_R: np.ndarray  # int32: new tokens
-    stop_ids_RJ: np.ndarray  # int32, -1 where a row has fewer; J a power of two, so that few shapes compile
+    stop_ids_RJ: np.ndarray  # int32, each once, -1 where a row has fewer; J a power of two, so that few shapes compile
     options: Options
 
 
@@ -64,6 +65,21 @@ def check(
     )
 
 
+def check_beams(asked: Asked, beams: Any, length_penalty: Any) -> None:
+    """Raises UserError for what cannot be asked of beam search beside the rest."""
+    if not _is_whole(beams) or beams < 1:
+        raise UserError(f"beams = {reprlib.repr(beams)}; expected a positive whole number")
+    if not isinstance(length_penalty, numbers.Real) or isinstance(length_penalty, bool):
+        raise UserError(f"length_penalty = {reprlib.repr(length_penalty)}; expected a number")
+    # As the device will see it: a score is a sum divided by this, and must not lose its order.
+    most, float32 = int(max(asked.limit_R, default=1)), np.finfo(np.float32)
+    with np.errstate(over="ignore"):
+        divisor = np.float64(most) ** np.float64(length_penalty)
+    if not math.isfinite(length_penalty) or not float32.tiny <= divisor <= float32.max:
+        expected = f"a number, {most} to the power of which a float32 can hold"
+        raise UserError(f"length_penalty = {length_penalty}; expected {expected}")
+
+
 def _ids(config: ModelConfig, tokenizer: Tokenizer | None, row: int, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
         if tokenizer is None:
@@ -91,7 +107,10 @@ def _stop_ids(config: ModelConfig, tokenizer: Tokenizer | None, rows: int, given
     by_row = list(given) if len(given) and all(map(_is_list, given)) else [given] * rows
     if len(by_row) != rows:
         raise UserError(f"stop_ids: {len(by_row)} lists; expected one, or one for each of {rows} prompts")
-    checked = [[_token(config, "stop_ids", row, token) for token in ids] for row, ids in enumerate(by_row)]
+    # Each once: given twice, a stop id would finish a hypothesis of beam search twice.
+    checked = [
+        list(dict.fromkeys(_token(config, "stop_ids", row, token) for token in ids)) for row, ids in enumerate(by_row)
+    ]
     stop_ids_RJ = np.full((rows, bucket(max(map(len, checked), default=1))), -1, np.int32)
     for entries, ids in zip(stop_ids_RJ, checked, strict=True):
         entries[: len(ids)] = ids

@@ -1,4 +1,4 @@
-"""Prompts of any lengths in, samples out, as text and as token ids: buckets, splitting, and the loop around decode."""
+"""Prompts of any lengths in, samples out, as text and as token ids: buckets, splitting, and what surrounds decode."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from cpmjax.model.linear import FEW
 from cpmjax.model.transformer import MiniCPM
 from cpmjax.parallel.sharding import RULES
 from cpmjax.run.errors import UserError
+from cpmjax.sampling.beam import BeamRequest, search, spread
 from cpmjax.sampling.decode import DecodeState, Request, decode, prefill, take
-from cpmjax.sampling.request import Asked, Prompt, bucket, check
+from cpmjax.sampling.request import Asked, Prompt, bucket, check, check_beams
 from cpmjax.sampling.streaming import TextStream
 from cpmjax.sampling.weights import DecodeWeights, decode_weights, widened
 
@@ -44,23 +45,28 @@ class Sample:
     top_logprobs: list[dict[int, float]] | None  # at each token the most probable ones, best first, if asked for
     prompt_logprobs: list[float] | None  # of each token of the prompt but the first, if asked for
     finish_reason: Literal["stop", "length"]
+    score: float | None = None  # of beam search: sum(logprobs) / len(tokens) ** length_penalty
 
 
 class Sampler:
-    """A model made ready to generate; `sampler(prompts)` is the whole of it, `sampler.stream(prompt)` text as it comes.
+    """A model made ready to generate: `sampler(prompts)` draws samples, `sampler.stream(prompt)` is the text of one as
+    it comes, `sampler.beam_search(prompts)` looks for the most probable continuations.
 
     `tokenizer` None: token ids in and out only. `cache_dtype` is that of keys and values: as the model computes,
     float32, or int8 with scales. `max_batch` is how many rows run at a time; None takes a quarter of the memory of the
     device for them, and at most 256.
 
-    The weights are copied into the layout of decode at the start, so that later changes of the model do not show. With
+    The weights are copied into the layout of decode at the start, so that later changes of the model do not show. On a
+    CPU those of 16 bits stay so for up to four rows at a time; the first larger batch makes a copy in float32. With
     `jax.set_mesh` active, here and at each call, weights and cache are split over the mesh, rows over its data axes.
 
     What compiles, once for all samplers of one model configuration: a prefill for each bucket of rows (powers of two up
     to max_batch) with each bucket of prompt length and of new tokens (powers of two from 16), of `logprobs`, with and
     without `prompt_logprobs`; for `n` > 1, the spreading of its rows over their samples; and a decode loop for each
-    bucket of rows, prompt length, new tokens, stop ids and biased tokens, and of `logprobs`. Options, seeds, limits,
-    stop ids, the lengths within a bucket and the weights are arrays, and compile nothing.
+    bucket of rows, prompt length, new tokens, stop ids and biased tokens, and of `logprobs`. For beam search such a
+    prefill, without `logprobs`; and for each number of beams the spreading of prompts over them, and a loop for each
+    bucket of prompts, prompt length, new tokens and stop ids. Options, seeds, limits, length penalties, stop ids, the
+    lengths within a bucket and the weights are arrays, and compile nothing.
     """
 
     def __init__(
@@ -118,6 +124,38 @@ class Sampler:
         for start in range(0, len(rows), largest):
             samples += self._batch(asked, rows[start : start + largest], tuple(stop), logprobs, prompt_logprobs)
         return samples
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        beams: int = 4,
+        max_new_tokens: int | Sequence[int] = 64,
+        length_penalty: float = 1.0,
+        stop_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    ) -> list[list[Sample]]:
+        """The most probable continuations that beam search finds -> for each prompt at most `beams`, best first.
+
+        They are ranked by `score`: the sum of their log-probabilities, divided by the number of their tokens to the
+        power of `length_penalty`, a stop id counted in both. 0 ranks by probability alone, 1 by the mean of a token;
+        what is higher favours the long. Each ends with a stop id or after max_new_tokens, and the search as soon as
+        none that goes on could still be among the best. `cpmjax.sampling.beam` says how it goes.
+
+        Prompts, `max_new_tokens` and `stop_ids` as in a call. The beams of a prompt run together, each as one row. What
+        is found depends on the prompt alone, up to the last bits of the logits. Raises UserError, naming the value,
+        for what cannot be done.
+        """
+        asked = check(self.config, self.tokenizer, prompts, max_new_tokens, stop_ids, {})
+        check_beams(asked, beams, length_penalty)
+        largest = self.max_batch or self._rows_that_fit(asked, copies=2)
+        if asked.prompts and beams > largest:
+            raise UserError(f"beams = {beams}; expected at most {largest}, the rows that run at a time (max_batch)")
+        together = 1 << (max(1, largest // beams).bit_length() - 1)
+        found: list[list[Sample]] = []
+        for start in range(0, len(asked.prompts), together):
+            rows = list(range(start, min(start + together, len(asked.prompts))))
+            found += self._search(asked, rows, int(beams), float(length_penalty))
+        return found
 
     def stream(
         self,
@@ -189,31 +227,71 @@ class Sampler:
     def _widened(self) -> DecodeWeights:
         return widened(self._weights)
 
+    def _weights_for(self, rows: int) -> DecodeWeights:
+        return self._weights if rows <= FEW else self._widened
+
     def _decode(self, state: DecodeState, request: Request, steps: int) -> DecodeState:
-        weights = self._weights if len(state.length_B) <= FEW else self._widened
-        return decode(self.config, weights, state, request, np.int32(steps))
+        return decode(self.config, self._weights_for(len(state.length_B)), state, request, np.int32(steps))
+
+    def _search(self, asked: Asked, rows: list[int], beams: int, length_penalty: float) -> list[list[Sample]]:
+        """What beam search finds for some prompts at a time."""
+        prefilled, _ = self._read(asked, rows, int(asked.limit_R[rows].max()))
+        # Rows of padding ask what the first one asks, but for no token at all.
+        asking = rows + [rows[0]] * (len(prefilled.length_B) - len(rows))
+        limit_N = np.where(np.arange(len(asking)) < len(rows), asked.limit_R[asking], 0).astype(np.int32)
+        request = BeamRequest(
+            jnp.asarray(asked.stop_ids_RJ[asking]), jnp.asarray(limit_N), jnp.asarray(length_penalty, jnp.float32)
+        )
+        state = search(self.config, self._weights_for(len(asking) * beams), spread(prefilled, beams=beams), request)
+        score_NW, length_NW, tokens_NWT, logprobs_NWT = map(np.asarray, state.finished)
+
+        def sample(index: int, beam: int) -> Sample:
+            count, result = length_NW[index, beam], _Row(asked, rows[index], self.tokenizer, ())
+            result.push(tokens_NWT[index, beam, :count].tolist(), ended=True)
+            return Sample(
+                prompt=asked.prompts[rows[index]],
+                tokens=result.tokens,
+                text=result.text,
+                logprobs=logprobs_NWT[index, beam, :count].tolist(),
+                top_logprobs=None,
+                prompt_logprobs=None,
+                finish_reason=result.finish_reason or "length",
+                score=float(score_NW[index, beam]),
+            )
+
+        # -inf: the vocabulary, or the limit, allows fewer hypotheses.
+        return [
+            [sample(index, beam) for beam in range(beams) if score_NW[index, beam] != -np.inf]
+            for index in range(len(rows))
+        ]
+
+    def _read(
+        self, asked: Asked, rows: list[int], new_tokens: int, top: int = 0, score: bool = False
+    ) -> tuple[DecodeState, jax.Array | None]:
+        """Reads some prompts -> (a state of a bucket of rows, the first of them theirs; scores of the prompts)."""
+        length = bucket(max(len(asked.prompts[row]) for row in rows), _SHORTEST)
+        tokens_BP = np.zeros((_row_bucket(len(rows)), length), np.int32)
+        length_B = np.ones(len(tokens_BP), np.int32)
+        for index, row in enumerate(rows):
+            ids = asked.prompts[row]
+            tokens_BP[index, : len(ids)], length_B[index] = ids, len(ids)
+        return prefill(
+            self.config,
+            self._weights,
+            tokens_BP,
+            length_B,
+            new_tokens=bucket(new_tokens, _SHORTEST),
+            cache_dtype=self._cache_dtype,
+            top=top,
+            score=score,
+        )
 
     def _begin(
         self, asked: Asked, rows: list[tuple[int, int]], top: int, score: bool
     ) -> tuple[DecodeState, Request, dict[int, np.ndarray] | None]:
         """Reads the prompts of some rows -> (a state for them, what they ask, log-probabilities of each prompt)."""
         chosen = sorted({row for row, _ in rows})
-        length = bucket(max(len(asked.prompts[row]) for row in chosen), _SHORTEST)
-        tokens_BP = np.zeros((_row_bucket(len(chosen)), length), np.int32)
-        length_B = np.ones(len(tokens_BP), np.int32)
-        for index, row in enumerate(chosen):
-            ids = asked.prompts[row]
-            tokens_BP[index, : len(ids)], length_B[index] = ids, len(ids)
-        state, scores_BP = prefill(
-            self.config,
-            self._weights,
-            tokens_BP,
-            length_B,
-            new_tokens=bucket(int(asked.limit_R[[row for row, _ in rows]].max()), _SHORTEST),
-            cache_dtype=self._cache_dtype,
-            top=top,
-            score=score,
-        )
+        state, scores_BP = self._read(asked, chosen, int(asked.limit_R[chosen].max()), top, score)
         padding = _row_bucket(len(rows)) - len(rows)
         if len(rows) != len(chosen):
             source = [chosen.index(row) for row, _ in rows] + [0] * padding
@@ -228,16 +306,19 @@ class Sampler:
         scores = None if scores_BP is None else dict(zip(chosen, np.asarray(scores_BP), strict=False))
         return state, request, scores
 
-    def _rows_that_fit(self, asked: Asked) -> int:
-        """How many rows the memory set aside for them holds: caches, logits and counts, and what the prefill takes."""
+    def _rows_that_fit(self, asked: Asked, copies: int = 1) -> int:
+        """How many rows the memory set aside for them holds: caches, logits and counts, and what the prefill takes.
+
+        `copies` is how often a cache exists at a time: twice where its rows take other places.
+        """
         if not asked.prompts:
             return 1
         config = self.config
         prompt, new = bucket(max(map(len, asked.prompts)), _SHORTEST), bucket(int(asked.limit_R.max()), _SHORTEST)
         cache = caches.row_bytes(config, prompt + new, jnp.dtype(self._cache_dtype))
         scores = 8 * config.heads * min(prompt, CHUNK) * prompt  # of one chunk, before and after the softmax
-        activations = self._weights.embedding.dtype.itemsize * prompt * (3 * config.feed_forward + 12 * config.width)
-        row = cache + 32 * config.vocabulary + scores + activations
+        activations = self._weights.final_norm.dtype.itemsize * prompt * (3 * config.feed_forward + 12 * config.width)
+        row = copies * cache + 32 * config.vocabulary + scores + activations
         device = next(iter(self._weights.embedding.devices()))
         memory = (device.memory_stats() or {}).get("bytes_limit", 0) if device.platform != "cpu" else 0
         memory = memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -44,22 +44,24 @@ def decode_weights(model: MiniCPM) -> DecodeWeights:
     that is float32. Matrices that a narrower type holds without loss (those stored in it, or to be rounded to it) are
     `Narrow` there, which suits up to four rows; `widened` is for more. Both at once take 1.5 times the memory.
     """
-    embedding = model.parameters["embedding"]
-    platform = next(iter(embedding.devices())).platform if isinstance(embedding, jax.Array) else jax.default_backend()
-    on_cpu = platform == "cpu"
+    on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.dtype("float32") if on_cpu else jnp.dtype(model.compute.dtype)
     return _decode_weights(model, dtype, narrow=on_cpu and jax.sharding.get_abstract_mesh().empty)
 
 
-@jax.jit
 def widened(weights: DecodeWeights) -> DecodeWeights:
-    """The same weights without any `Narrow`, for products of many rows."""
+    """The same weights without any `Narrow`, for products of many rows; themselves, if they have none."""
+    return _widened(weights) if any(map(_is_narrow, jax.tree.leaves(weights, is_leaf=_is_narrow))) else weights
+
+
+def _is_narrow(leaf: object) -> bool:
+    return isinstance(leaf, Narrow)
+
+
+@jax.jit
+def _widened(weights: DecodeWeights) -> DecodeWeights:
     dtype = weights.final_norm.dtype
-
-    def is_narrow(leaf: object) -> bool:
-        return isinstance(leaf, Narrow)
-
-    weights = jax.tree.map(lambda leaf: leaf.wide(dtype) if is_narrow(leaf) else leaf, weights, is_leaf=is_narrow)
+    weights = jax.tree.map(lambda leaf: leaf.wide(dtype) if _is_narrow(leaf) else leaf, weights, is_leaf=_is_narrow)
     return weights._replace(embedding=weights.embedding.astype(dtype))
 
 

@@ -224,6 +224,7 @@ def check_a_mesh() -> None:
     asked = {"max_new_tokens": 12, "temperature": [0, 1, 1], "seed": 3, "top_p": 0.9, "n": 2, "stop_ids": ()}
     prompts = [[1, 5, 6], [1, 9], [4] * 20]
     expected = Sampler(model)(prompts, **asked)
+    expected_beams = Sampler(model).beam_search(prompts, beams=3, max_new_tokens=12, stop_ids=[7])
     for axes in (MeshConfig(data=2, tensor=2), MeshConfig(data=1, fsdp=2, tensor=2), MeshConfig(data=4)):
         mesh = make_mesh(axes)
         placed = jax.tree.map(
@@ -233,9 +234,13 @@ def check_a_mesh() -> None:
         )
         for cache_dtype in ("float32", "int8"):
             with jax.set_mesh(mesh):
-                found = Sampler(MiniCPM(CONFIG, placed), cache_dtype=cache_dtype)(prompts, **asked)
+                sampler = Sampler(MiniCPM(CONFIG, placed), cache_dtype=cache_dtype)
+                found = sampler(prompts, **asked)
+                found_beams = sampler.beam_search(prompts, beams=3, max_new_tokens=12, stop_ids=[7])
             if cache_dtype == "float32":
                 assert [sample.tokens for sample in found] == [sample.tokens for sample in expected], axes
+                for beams, others in zip(found_beams, expected_beams, strict=True):
+                    assert [sample.tokens for sample in beams] == [sample.tokens for sample in others], axes
 
 
 @pytest.mark.slow
