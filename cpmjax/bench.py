@@ -3,6 +3,8 @@
 usage: python -m cpmjax.bench train   [--experiment YAML] [--rounds N] [--steps N] [--output FILE.json]
        python -m cpmjax.bench studies [--experiment YAML] [--rounds N] [--rates N] [--seeds N] [--output FILE.json]
        python -m cpmjax.bench convert [--folder F] [--preset NAME] [--rounds N] [--mutants N] [--output FILE.json]
+       python -m cpmjax.bench sample  [--folder F] [--shapes NAME...] [--sampling NAME...] [--rounds N] [--rows N]
+                                      [--output FILE.json]
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ import argparse
 import contextlib
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -21,17 +22,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from cpmjax.model import mup
 from cpmjax.model.presets import PRESETS
 from cpmjax.parallel.machine import machine
 from cpmjax.parallel.mesh import make_mesh
@@ -45,9 +43,6 @@ from cpmjax.run.table import aligned
 from cpmjax.training.optimizer import make_optimizer
 from cpmjax.training.state import abstract_state
 from cpmjax.training.step import Rates, abstract_batch, make_step, next_token_loss
-from cpmjax.tunnel import transfer
-from cpmjax.tunnel.sizes import Axis
-from cpmjax.tunnel.workbench import Workbench, as_arrays
 
 _EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 _SHALLOW, _DEEP = 4, 40  # layers
@@ -56,12 +51,13 @@ _PATIENCE = 600.0  # seconds without a line of metrics after which a run is give
 
 @dataclass(frozen=True)
 class Measurement:
-    """The median of `samples`; `bar` is the most it may be, None where nothing was promised."""
+    """The median of `samples`; `bar` is the most it may be, `floor` the least, None where nothing was promised."""
 
     name: str
     unit: str
     samples: list[float]
     bar: float | None = None
+    floor: float | None = None
 
     @property
     def value(self) -> float:
@@ -69,9 +65,12 @@ class Measurement:
 
     @property
     def verdict(self) -> str:
-        if self.bar is None:
+        if self.bar is None and self.floor is None:
             return ""
-        return "within" if self.value <= self.bar else "MISSED"
+        missed = (self.bar is not None and self.value > self.bar) or (
+            self.floor is not None and self.value < self.floor
+        )
+        return "MISSED" if missed else "within"
 
 
 # Compile time.
@@ -187,86 +186,16 @@ def _share_of_waiting(said: str) -> float:
     return 100 * waited / elapsed if elapsed else 0.0
 
 
-# Sweeps.
+# Scripts of experiments/benchmarks.
 
 
-def trial_losses(experiment: Path, cache: Path, rates: list[float], seeds: list[int]) -> dict[tuple[float, int], float]:
-    """The held-out loss at the end of a trial for each rate and seed, one after another in this process."""
-    config = cli.load([str(experiment), f"--run.cache={cache}"], PRESETS, "")
-    with Workbench(config, lambda _: None) as workbench:
-        width = Axis("width", (config.model.width,))
-        trials = transfer.make_trials(config, [width], ["minicpm"], ["coupled"], rates, max(seeds) + 1)
-        wanted = [trial for trial in trials if trial.config.run.seed in seeds]
-        return {
-            (trial.config.optimizer.learning_rate, trial.config.run.seed): transfer.measure(workbench, trial)[-1][
-                "heldout_loss"
-            ]
-            for trial in wanted
-        }
-
-
-def _in_new_process(experiment: Path, cache: Path, rates: list[float], seeds: list[int]) -> tuple[float, dict]:
-    """(seconds from before the process starts until its result is here, the result)"""
-    began = time.perf_counter()
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        losses = pool.submit(trial_losses, experiment, cache, rates, seeds).result()
-    return time.perf_counter() - began, losses
-
-
-def measure_sweep(experiment: Path, rounds: int, rates: int, seeds: int) -> tuple[list[Measurement], bool]:
-    """One process for all trials and one process a trial, by turns -> measurements, and whether results are equal.
-
-    Both find the tokenised text and the compiled programs in a cache that is filled before.
-    """
-    grid = [0.01 * 2.0 ** (number / 2 - rates // 4) for number in range(rates)]
-    sweep = Measurement(f"{rates} rates x {seeds} seeds in one process", "s", [])
-    apart = Measurement("the same, one process a trial", "s", [])
-    equal = True
-    with tempfile.TemporaryDirectory(prefix="cpmjax-bench-") as name:
-        cache = Path(name)
-        _in_new_process(experiment, cache, grid[:1], [0])
-        for _ in range(rounds):
-            seconds, together = _in_new_process(experiment, cache, grid, list(range(seeds)))
-            sweep.samples.append(seconds)
-            alone = [_in_new_process(experiment, cache, [rate], [seed]) for rate, seed in together]
-            apart.samples.append(sum(seconds for seconds, _ in alone))
-            equal &= together == {key: loss for _, losses in alone for key, loss in losses.items()}
-    ratio = Measurement("share of the time of one process a trial", "%", [100 * sweep.value / apart.value], bar=60.0)
-    return [sweep, apart, ratio], equal
-
-
-def measure_mapping(experiment: Path, rounds: int, seeds: int) -> list[Measurement]:
-    """A step of several trials mapped into one program (`jax.vmap`) beside as many steps of one, at two widths."""
-    steps, found = 20, []
-    config = cli.load([str(experiment)], PRESETS, "")
-    with Workbench(config, lambda _: None) as workbench:
-        for width in (config.model.width // 2, 4 * config.model.width):
-            model = Axis("width", (width,)).model(config.model, width, "minicpm")
-            trial = replace(config, model=model)
-            program = workbench.program(trial)
-            scales = as_arrays(mup.scales(model, "coupled"))
-            batch = workbench.text(trial).batches(0, config.training.batch_size)
-            rates = Rates(np.float32(0.01), np.float32(1e-3))
-            mapped = jax.jit(jax.vmap(program.function, in_axes=(0, None, None, None)), donate_argnums=0)
-            states = [program.begin(jax.random.key(seed), scales) for seed in range(seeds)]
-            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-            stacked, _ = mapped(stacked, batch, rates, scales)
-            ratios = []
-            for _ in range(rounds):
-                began = time.perf_counter()
-                for _ in range(steps):
-                    stacked, _ = mapped(stacked, batch, rates, scales)
-                jax.block_until_ready(stacked)
-                middle = time.perf_counter()
-                for _, number in itertools.product(range(steps), range(seeds)):
-                    states[number], _ = program.step(states[number], batch, rates, scales)
-                jax.block_until_ready(states)
-                ratios.append((middle - began) / (time.perf_counter() - middle))
-            found.append(Measurement(f"{seeds} seeds mapped / one by one, width {width}", "", ratios))
-    return found
-
-
-# Conversions, and files made to harm: scripts of experiments/benchmarks.
+def measured_by(name: str, *arguments: str) -> list[Measurement]:
+    """What a script measures: it prints JSON, a sample a line, {"name", "unit", "sample", "floor", "bar"}."""
+    found: dict[str, Measurement] = {}
+    for each in map(json.loads, _script(name, *arguments)):
+        new = Measurement(each["name"], each["unit"], [], each["bar"], each["floor"])
+        found.setdefault(each["name"], new).samples.append(each["sample"])
+    return list(found.values())
 
 
 def measure_conversions(folder: Path | None, preset: str, rounds: int) -> list[Measurement]:
@@ -334,7 +263,7 @@ def report(benchmark: str, arguments: argparse.Namespace, measurements: list[Mea
 def table(measurements: list[Measurement]) -> str:
     rows = [("measurement", "median", "bar", "verdict", "samples")]
     for each in measurements:
-        bar = "" if each.bar is None else f"<= {each.bar:g}"
+        bar = f"<= {each.bar:g}" if each.bar is not None else f">= {each.floor:g}" if each.floor is not None else ""
         samples = ", ".join(f"{sample:.4g}" for sample in each.samples)
         rows.append((each.name, f"{each.value:.4g} {each.unit}".strip(), bar, each.verdict, samples))
     return aligned(rows)
@@ -352,10 +281,10 @@ def bench_train(arguments: argparse.Namespace) -> None:
 def bench_studies(arguments: argparse.Namespace) -> None:
     if min(arguments.rounds, arguments.rates, arguments.seeds) < 1:
         raise UserError("--rounds, --rates, --seeds: expected at least 1 of each")
-    sweep, equal = measure_sweep(arguments.experiment, arguments.rounds, arguments.rates, arguments.seeds)
-    mapping = measure_mapping(arguments.experiment, arguments.rounds, arguments.seeds)
-    about = {"experiment": arguments.experiment.name, "versions": versions(), "results_equal": equal}
-    report("studies", arguments, sweep + mapping, **about)
+    experiment, rounds = arguments.experiment, arguments.rounds
+    numbers = (f"--rates={arguments.rates}", f"--seeds={arguments.seeds}", f"--rounds={rounds}")
+    found = measured_by("sweeps.py", str(experiment.absolute()), *numbers)
+    report("studies", arguments, found, experiment=experiment.name, versions=versions())
 
 
 def bench_convert(arguments: argparse.Namespace) -> None:
@@ -364,6 +293,16 @@ def bench_convert(arguments: argparse.Namespace) -> None:
     conversions = measure_conversions(arguments.folder, arguments.preset, arguments.rounds)
     readers = measure_readers(arguments.mutants)
     report("convert", arguments, conversions + readers, preset=arguments.preset, versions=versions())
+
+
+def bench_sample(arguments: argparse.Namespace) -> None:
+    if min(arguments.rounds, arguments.rows) < 1:
+        raise UserError("--rounds, --rows: expected at least 1 of each")
+    with tempfile.TemporaryDirectory(prefix="cpmjax-bench-") as name:
+        flags = (f"--rounds={arguments.rounds}", "--shapes", *arguments.shapes, "--sampling", *arguments.sampling)
+        speed = measured_by("decoding.py", str(arguments.folder or name), *flags)
+    invariance = measured_by("batch_invariance.py", f"--rows={arguments.rows}")
+    report("sample", arguments, speed + invariance, versions=versions("torch", "transformers", "xllamacpp"))
 
 
 def main(argv: list[str]) -> None:
@@ -385,10 +324,23 @@ def main(argv: list[str]) -> None:
     convert.add_argument("--preset", choices=PRESETS, default="minicpm-2b", help="which model (default: %(default)s)")
     convert.add_argument("--mutants", type=int, default=100_000, help="for each reader (default: %(default)s)")
     convert.set_defaults(run=bench_convert, rounds=3)
+    sample = benchmarks.add_parser(
+        "sample", help="tokens/s beside transformers and llama.cpp, start, share of sampling, rows alone and in company"
+    )
+    sample.add_argument("--folder", type=Path, help="where the models are made and kept (default: a temporary one)")
+    sample.add_argument("--shapes", nargs="+", default=["40m", "300m"], help="beside peers (default: %(default)s)")
+    sample.add_argument(
+        "--sampling",
+        nargs="+",
+        default=["40m", "minicpm-2b"],
+        help="whose steps are taken apart (default: %(default)s)",
+    )
+    sample.add_argument("--rows", type=int, default=10_000, help="alone and in company (default: %(default)s)")
+    sample.set_defaults(run=bench_sample, rounds=3)
     for each in (train, studies):
         default = each.get_default("experiment")
         each.add_argument("--experiment", type=Path, default=default, help="what is run (default: %(default)s)")
-    for each in (train, studies, convert):
+    for each in (train, studies, convert, sample):
         rounds = each.get_default("rounds")
         each.add_argument("--rounds", type=int, default=rounds, help="how often (default: %(default)s)")
         each.add_argument("--output", type=Path, help="a JSON file for the results")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -18,6 +20,7 @@ from cpmjax.run.config import ModelConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments" / "benchmarks"))
 
+import decoding
 import full_size
 
 
@@ -71,9 +74,9 @@ def test_studies_compares_a_sweep_with_a_process_a_trial(tmp_path):
     finally:
         jax.config.update("jax_compilation_cache_dir", cache)
     report = json.loads(output.read_text())
-    assert report["benchmark"] == "studies" and report["results_equal"] is True
-    sweep, apart, share, *mapped = (each["median"] for each in report["measurements"])
-    assert share == pytest.approx(100 * sweep / apart) and len(mapped) == 2 and min(mapped) > 0
+    assert report["benchmark"] == "studies" and report["experiment"] == experiment.name
+    sweep, apart, share, other, *mapped = (each["median"] for each in report["measurements"])
+    assert share == pytest.approx(100 * sweep / apart) and other == 0 and len(mapped) == 2 and min(mapped) > 0
 
 
 @pytest.mark.slow
@@ -98,6 +101,30 @@ def test_convert_measures_every_conversion_and_every_reader(tmp_path, capsys):
     assert "anonymous memory at most" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_sample_measures_every_engine_that_is_there(tmp_path, capsys):
+    folder, output = tmp_path / "models", tmp_path / "results.json"
+    arguments = [f"--folder={folder}", "--rounds=1", "--rows=40", f"--output={output}"]
+    bench.main(["sample", *arguments, "--shapes", "tiny", "--sampling", "tiny"])
+    report = json.loads(output.read_text())
+    found = {each["name"]: each for each in report["measurements"]}
+    there = [engine for engine in decoding.ENGINES if engine not in decoding.PEERS or find_spec(decoding.PEERS[engine])]
+    for engine, batch in itertools.product(there, (1, 32)):
+        about = f"{engine}, TINY, batch {batch}"
+        first, rate = found[f"{about}: first token"], found[f"{about}: prompt and 128 tokens"]
+        # 128 tokens take longer than one, and no machine reads the weights more often than this.
+        assert 0 < first["median"] < batch * 128 / rate["median"] and rate["median"] < 1e6
+        assert len(rate["samples"]) == 1
+    assert sorted(path.name for path in (folder / "tiny").iterdir()) == sorted(decoding.ENGINES)
+    shares = [each for name, each in found.items() if "sampling, share of a step" in name]
+    assert len(shares) == 1 and shares[0]["median"] > 0
+    assert found["rows of 40 with other tokens than alone"]["median"] == 0
+    furthest = found["largest difference of a log-probability, relative above 1"]
+    assert furthest["median"] <= furthest["bar"] == 1e-4 and furthest["verdict"] == "within"
+    assert report["versions"].keys() >= {"jax", "torch", "xllamacpp"}
+    assert "share of the bandwidth limit" in capsys.readouterr().out
+
+
 def test_the_file_that_is_converted_is_what_torch_loads(tmp_path):
     torch = pytest.importorskip("torch")
     config = ModelConfig(vocabulary=70, width=32, layers=2, heads=2, feed_forward=48)
@@ -114,6 +141,8 @@ def test_the_verdict_compares_the_median_with_the_bar():
     samples = [1.0, 1.1, 30.0]
     assert bench.Measurement("", "s", samples, bar=1.1).verdict == "within"
     assert bench.Measurement("", "s", samples, bar=1.0).verdict == "MISSED"
+    assert bench.Measurement("", "s", samples, floor=1.1).verdict == "within"
+    assert bench.Measurement("", "s", samples, floor=1.2).verdict == "MISSED"
     assert bench.Measurement("", "s", samples).verdict == ""
 
 
@@ -132,6 +161,7 @@ def test_the_share_of_waiting_is_read_from_the_job_s_last_words():
         (["train", "--experiment=nowhere.yaml"], "nowhere.yaml"),
         (["train", "--fast"], "--fast"),
         (["convert", "--mutants=0"], "--mutants"),
+        (["sample", "--rows=0"], "--rows"),
         (["convert", "--preset=minicpm-9000b"], "minicpm-9000b"),
     ],
 )

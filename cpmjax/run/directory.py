@@ -247,13 +247,13 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def versions() -> dict[str, str | None]:
-    """Of Python and of the packages that a result depends on."""
-    return {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+def versions(*more: str) -> dict[str, str | None]:
+    """Of Python, of the packages that a result depends on, and of more packages; None where one is not installed."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in (*_PACKAGES, *more)}
 
 
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return None  # a source tree on the path, not installed
+        return None

@@ -26,6 +26,10 @@ from cpmjax.run.config import MeshConfig, ModelConfig
 from cpmjax.sampling.decode import decode, prefill, take
 from cpmjax.sampling.request import check
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "experiments" / "benchmarks"))
+
+import batch_invariance
+
 VOCABULARY = 300
 CONFIG = ModelConfig(
     vocabulary=VOCABULARY, width=16, layers=2, heads=4, kv_heads=2, feed_forward=32, dim_model_base=8, context=128
@@ -82,36 +86,10 @@ def test_samples_of_a_prompt_are_rows_with_the_next_seeds(sampler):
 
 
 @pytest.mark.slow
-def test_a_row_does_not_know_of_the_others(sampler):
-    """200 rows of any prompts, options and seeds: alone, all together in another order, and split."""
-    draw = random.Random(1)
-    prompts = [[draw.randrange(VOCABULARY) for _ in range(draw.randint(1, 60))] for _ in range(200)]
-    options = {
-        "temperature": [draw.choice([0, 0.3, 1.0, 2.0]) for _ in prompts],
-        "top_p": [draw.choice([1.0, 0.8]) for _ in prompts],
-        "top_k": [draw.choice([0, 20]) for _ in prompts],
-        "min_p": [draw.choice([0.0, 0.02]) for _ in prompts],
-        "repetition_penalty": [draw.choice([1.0, 1.2]) for _ in prompts],
-        "seed": [draw.randrange(2**32) for _ in prompts],
-        "max_new_tokens": [draw.randint(1, 32) for _ in prompts],
-    }
-
-    def tokens(order, largest):
-        sampler.max_batch = largest
-        asked = {name: [values[row] for row in order] for name, values in options.items()}
-        found = sampler([prompts[row] for row in order], stop_ids=[2], **asked)
-        return dict(zip(order, [sample.tokens for sample in found], strict=True))
-
-    rows = list(range(200))
-    try:
-        alone = tokens(rows, 1)
-        mixed = random.Random(2).sample(rows, 200)
-        differing = [
-            row for found in (tokens(mixed, 256), tokens(rows, 32)) for row in rows if found[row] != alone[row]
-        ]
-    finally:
-        sampler.max_batch = None
-    assert not differing
+def test_a_row_does_not_know_of_the_others(world):
+    """200 rows of any prompts, options and seeds: alone, and in other orders among 255 others and among 31."""
+    other, furthest = batch_invariance.differing(world[0], *batch_invariance.random_rows(200, VOCABULARY, 1), 1)
+    assert other == [] and furthest < 1e-4
 
 
 def test_no_more_compiles_after_the_first_of_each_shape(sampler):
