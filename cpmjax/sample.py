@@ -49,6 +49,7 @@ from cpmjax.data.template import Template
 from cpmjax.formats.history import find_steps
 from cpmjax.formats.loading import Stored, files_below, load, open_stored, recognise, run_steps
 from cpmjax.model.weights import Weights, checksum
+from cpmjax.parallel.compiled import keep_compiled
 from cpmjax.run import cli
 from cpmjax.run.config import RunConfig
 from cpmjax.run.directory import json_line
@@ -90,7 +91,7 @@ _CHAT_TOKENS = 512
 def main(argv: list[str]) -> int:
     arguments = _parse(argv)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(Path(RunConfig().cache).expanduser() / "compiled"))
+        keep_compiled(RunConfig().cache)
     if arguments.prompts is None and sys.stdin.isatty():
         return chat(arguments)
     try:

@@ -58,7 +58,7 @@ def train(config: Config, directory: RunDirectory) -> int:
     """Runs the experiment in its directory to its end, or until it is asked to stop; returns the exit code."""
     began = time.perf_counter()
     cache = Path(config.run.cache).expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
+    compiled.keep_compiled(cache)
 
     # ---- a run to continue, or a new one -------------------------------------------------------------------------
     resumes = directory.exists

@@ -1,10 +1,18 @@
-"""What a compiled program costs, read from the compiler's own analysis."""
+"""Compiled programs: kept from one process to the next, and what one costs, by the compiler's own analysis."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+
+
+def keep_compiled(cache: str | Path) -> None:
+    """From now on this process keeps what it compiles in a folder of `cache`, and takes from there what is the same."""
+    jax.config.update("jax_compilation_cache_dir", str(Path(cache).expanduser() / "compiled"))
+    # Also what compiles within a second: a start has many such programs.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 class Memory(NamedTuple):

@@ -12,7 +12,6 @@ import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -23,6 +22,7 @@ from cpmjax.data.mixture import Mixture
 from cpmjax.data.text import Text, make_tokenizer, open_stores, segments
 from cpmjax.model import mup
 from cpmjax.model.parameters import Tree
+from cpmjax.parallel.compiled import keep_compiled
 from cpmjax.parallel.mesh import make_mesh
 from cpmjax.parallel.sharding import named_sharding
 from cpmjax.run.config import Config, ModelConfig, OptimizerConfig, RunConfig, encode, fingerprint
@@ -82,7 +82,7 @@ class Workbench:
 
     def __init__(self, config: Config, say: Callable[[str], None]) -> None:
         """Opens the text of the experiment, tokenising it where that was not done before."""
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.run.cache).expanduser() / "compiled"))
+        keep_compiled(config.run.cache)
         self.mesh = make_mesh(config.mesh)
         self.tokenizer = make_tokenizer(config, say)
         self._stores = open_stores(config, self.tokenizer, say)
