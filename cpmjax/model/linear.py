@@ -22,8 +22,8 @@ class Narrow:
 
     Such a product takes as long as reading the weights does. XLA reads a matrix in its stored type, widening each
     number as it comes, under three conditions: its rows are outputs, it is multiplied by one vector of less than
-    16 KiB, and it is an array of its own, not a slice. Any other product first writes a wide copy. So the leaf
-    [I, O...] is held as its transpose, in `parts_OI` whose inputs follow one another.
+    16 KiB, and it is an array of its own, not a slice. Any other product first writes a wide copy of the matrix. So the
+    leaf [I, O...] is held as its transpose, in `parts_OI` whose inputs follow one another.
     """
 
     parts_OI: tuple[jax.Array, ...]
@@ -50,9 +50,11 @@ class Narrow:
             x_RI, parts_OI = jax.lax.optimization_barrier((x_RI, parts_OI))
             # By one, since XLA would compute anything cheaper than a division, with all that made x, for every output.
             x_RI = x_RI / (1 + 0 * x_RI)
+        # In a program of many rows nothing, but for this, kept the weights of all layers from being wide at one time.
+        after_x = 0 if few else 0 * x_RI[0, 0]
         first, y_RO = 0, jnp.zeros((), x.dtype)
         for part_OI in parts_OI:
-            pieces_RI, part_IO = x_RI[:, first : first + part_OI.shape[1]], part_OI.astype(x.dtype).T
+            pieces_RI, part_IO = x_RI[:, first : first + part_OI.shape[1]], (part_OI.astype(x.dtype) + after_x).T
             y_RO += jnp.stack([piece_I @ part_IO for piece_I in pieces_RI]) if few else pieces_RI @ part_IO
             first += part_OI.shape[1]
         return y_RO.reshape(*x.shape[:-1], *self.output)

@@ -23,7 +23,7 @@ SMALL = ModelConfig(vocabulary=97, width=32, layers=2, heads=4, kv_heads=2, feed
 MODELS = {
     "tied": SMALL,
     "untied": replace(SMALL, tied=False),
-    "large": replace(SMALL, vocabulary=5000, feed_forward=2000),
+    "large": replace(SMALL, vocabulary=5000, feed_forward=2000, layers=6),
     "dynamic": replace(SMALL, context=12, rope_scaling="dynamic", rope_factor=4.0),
 }
 
@@ -200,14 +200,20 @@ def test_the_state_is_moved_on_in_its_own_memory():
     assert used.temp_size_in_bytes < cache / 2
 
 
+@pytest.mark.smoke
 def test_weights_that_are_stored_narrow_are_never_widened_at_once():
-    """Not the table of embeddings either: the program takes less memory beside its arguments than they do."""
+    """Not the table of embeddings either: decode takes less memory beside its arguments than they do, and a prefill
+    less than the weights of two layers in float32."""
     model = small("large", "bfloat16")
-    weights, (state, _) = decode_weights(model), start(model, prompts_of(model, [9]))
-    used = decode.lower(model.config, weights, state, request(model, 1), jnp.int32(8)).compile().memory_analysis()
+    weights, prompts = decode_weights(model), prompts_of(model, [9])
     stored = sum(leaf.nbytes for leaf in jax.tree.leaves(model.parameters))
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) == pytest.approx(stored, rel=0.01)
+    state, _ = start(model, prompts)
+    used = decode.lower(model.config, weights, state, request(model, 1), jnp.int32(8)).compile().memory_analysis()
     assert used.temp_size_in_bytes < stored / 2
+    reading = prefill.lower(model.config, weights, *padded(prompts), new_tokens=T, cache_dtype="float32")
+    layers = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(model.parameters["layers"]))
+    assert reading.compile().memory_analysis().temp_size_in_bytes < layers * 2 / model.config.layers
 
 
 def test_narrow_and_widened_weights_are_the_same_model():
