@@ -118,7 +118,7 @@ def test_sample_measures_every_engine_that_is_there(tmp_path, capsys):
     assert sorted(path.name for path in (folder / "tiny").iterdir()) == sorted(decoding.ENGINES)
     shares = [each for name, each in found.items() if "sampling, share of a step" in name]
     assert len(shares) == 1 and shares[0]["median"] > 0
-    assert found["rows of 40 with other tokens than alone"]["median"] == 0
+    assert found["of 40 rows, those with other tokens than alone"]["median"] == 0
     furthest = found["largest difference of a log-probability, relative above 1"]
     assert furthest["median"] <= furthest["bar"] == 1e-4 and furthest["verdict"] == "within"
     assert report["versions"].keys() >= {"jax", "torch", "xllamacpp"}
