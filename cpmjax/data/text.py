@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cpmjax.data import tokenizer as tokenizers
 from cpmjax.data.batches import Batches, Rows
-from cpmjax.data.corpora import content_key, documents, held_out
+from cpmjax.data.corpora import check_unchanged, content_key, documents, held_out
 from cpmjax.data.mixture import Mixture, Segment
 from cpmjax.data.tokenizer import Tokenizer
 from cpmjax.data.tokens import Store, build_or_open
@@ -72,13 +72,15 @@ def make_tokenizer(config: Config, progress: Callable[[str], None]) -> Tokenizer
     if data.tokenizer.path is not None:
         tokenizer = Tokenizer.load(Path(data.tokenizer.path).expanduser())
     else:
-        contents = [content_key(data.corpora[name], data.bad_documents) for name in sorted(data.stable)]
-        parts = (contents, config.model.vocabulary, data.tokenizer.sample_bytes, data.held_out)
+        contents = _contents(data)
+        parts = (list(contents.values()), config.model.vocabulary, data.tokenizer.sample_bytes, data.held_out)
         key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
         file = Path(config.run.cache).expanduser() / "tokenizers" / f"{key}.model"
         if not file.is_file():
             progress(f"tokenizer: training {config.model.vocabulary:,} pieces")
             model = tokenizers.train(_training_text(data), config.model.vocabulary, data.tokenizer.sample_bytes)
+            for name, content in _contents(data).items():
+                check_unchanged(name, contents[name], content)
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(file, model)
         tokenizer = Tokenizer.load(file)
@@ -88,6 +90,11 @@ def make_tokenizer(config: Config, progress: Callable[[str], None]) -> Tokenizer
             f"{data.tokenizer.path}"
         )
     return tokenizer
+
+
+def _contents(data: DataConfig) -> dict[str, str]:
+    """The key of each stable corpus."""
+    return {name: content_key(data.corpora[name], data.bad_documents) for name in sorted(data.stable)}
 
 
 def _training_text(data: DataConfig) -> Iterator[str]:

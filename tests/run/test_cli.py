@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpmjax.run import cli
-from cpmjax.run.config import Config, DataConfig, EvaluationConfig, Jsonl, RunConfig, TextFolder, encode, fingerprint
+from cpmjax.run.config import Config, DataConfig, EvaluationConfig, RunConfig, encode, fingerprint
 from cpmjax.run.errors import UserError
 from cpmjax.run.schedule import WSD, WSDS, Constant, Cosine, CosineLoop
+from cpmjax.run.sources import Jsonl, TextFolder
 
 PRESETS: dict[str, dict[str, Any]] = {"small": {"width": 512, "layers": 8, "heads": 8}, "large": {"width": 1024}}
 DATA = ["--data.corpora={docs: {type: text, path: /texts}}", "--data.stable={docs: 1}"]
@@ -139,6 +140,13 @@ def test_cycles_and_lists() -> None:
         ("--model.width=-4", ["model.width = -4", "a positive whole number"]),
         ("--schedule.floor=2", ["schedule.floor = 2.0", "from 0 to 1"]),
         ("--data.stable.dcos=1", ["data.stable.dcos", "one of data.corpora: docs"]),
+        ("--data.stable={docs: 0}", ["data.stable.docs = 0", "a positive weight"]),
+        ("--data.decay={docs: -0.0}", ["data.decay.docs = -0.0", "a positive weight"]),
+        ("--data.stable.docs=.nan", ["data.stable.docs = nan", "a positive weight"]),
+        ("--data.stable.docs=.inf", ["data.stable.docs = inf", "a positive weight"]),
+        ("--data.corpora.more={type: text, path: /texts}", ["data.corpora.more", "than data.corpora.docs", "the same"]),
+        ("--data.corpora.more={type: parquet}", ["data.corpora.more.path = ''", "a file or folder"]),
+        ("--data.corpora.more={type: huggingface}", ["data.corpora.more.name = ''", "a dataset"]),
         ("--model.width", ["--model.width has no value", "--model.width=VALUE"]),
         ("--model.width=", ["--model.width has no value"]),
         ("-v", ["unknown flag -v", "--section.key=value"]),
@@ -245,7 +253,7 @@ def test_dump_reads_back_equal(
     config = dataclasses.replace(
         Config(),
         run=RunConfig(directory=directory, seed=2**32 - 1),
-        data=DataConfig(corpora={name: Jsonl("p", name or "text") for name in weights}, stable=weights),
+        data=DataConfig(corpora={name: Jsonl(f"p{name}") for name in weights}, stable=weights),
         schedule=schedule,
         evaluation=EvaluationConfig(prompts=prompts, temperature=temperature),
     )
