@@ -84,7 +84,7 @@ def train(config: Config, directory: RunDirectory) -> int:
     step_function = make_step(config.model, loss, optimizer, config.training.accumulation)
     _say(mup.describe(config.model, config.optimizer))
     _say(f"{count(config.model):,} parameters, {count(config.model, embeddings=False):,} of them not embeddings")
-    _say(text.describe(timeline.position(timeline.total)))
+    _say(text.describe(origin.position, timeline.stage_ends()))
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         abstract = abstract_state(config.model, optimizer, mesh)

@@ -8,6 +8,7 @@ of them so far is not the corpus.
 from __future__ import annotations
 
 import io
+import logging
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -182,6 +183,8 @@ def _stored(url: str, globs: Sequence[str]) -> list[StoredFile]:
             system, root = core.url_to_fs(url)
         except (ImportError, ValueError) as error:  # "Install gcsfs to access Google Storage"
             raise UserError(f"{url}: {error}; expected a store that fsspec reads") from error
+        # Without a handler of its own a library's log, gcsfs's with its tracebacks, would go to the terminal.
+        logging.getLogger(type(system).__module__.partition(".")[0]).addHandler(logging.NullHandler())
         system.invalidate_cache()
         try:
             kind = system.info(root)["type"]

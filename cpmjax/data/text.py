@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from cpmjax.data import tokenizer as tokenizers
@@ -46,9 +46,13 @@ class Text:
                         f"a batch takes of it: add text, or lower training.batch_size = {size}"
                     )
 
-    def describe(self, position: int) -> str:
-        """A line for each corpus: its size, and how often it will have been read at this position."""
-        read = self.mixture.counts(position)
+    def describe(self, begin: int, stages: Sequence[tuple[str, int]]) -> str:
+        """A line for each corpus and for each stage, given by its name and the position at which it ends.
+
+        A corpus: its size, and how often it will have been read at the end. A stage: the share of its rows that each
+        corpus gets (the first stage counts from `begin`), and the epochs of that corpus read by then.
+        """
+        read = self.mixture.counts(stages[-1][1])
         lines = []
         for name, store in self.stores.items():
             train, held_out = store.summary["train"], store.summary["held_out"]
@@ -59,6 +63,17 @@ class Text:
                 f"held out; read {read.get(name, 0) / self.rows[name].rows:.2f} times by the end"
                 + (f"; {skipped} bad documents skipped" if skipped else "")
             )
+        before = self.mixture.counts(begin)
+        for stage, end in stages:
+            after = self.mixture.counts(end)
+            shares = [
+                f"{(after[name] - before[name]) / max(1, end - begin):.1%} {name}, "
+                f"{after[name] / self.rows[name].rows:.2f} epochs by then"
+                for name in after
+                if after[name] > before[name]
+            ]
+            lines.append(f"rows {begin:,} to {end:,} ({stage}): {'; '.join(shares)}")
+            begin, before = end, after
         return "\n".join(lines)
 
 
