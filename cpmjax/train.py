@@ -19,8 +19,7 @@ import jax
 
 from cpmjax.checkpoint.store import Checkpoints
 from cpmjax.data.loader import Loader
-from cpmjax.data.mixture import Mixture
-from cpmjax.data.text import Text, make_tokenizer, open_stores, segments
+from cpmjax.data.text import Text, make_mixture, make_tokenizer, open_stores, segments
 from cpmjax.data.tokenizer import Tokenizer
 from cpmjax.model import mup
 from cpmjax.model.parameters import count
@@ -72,7 +71,7 @@ def train(config: Config, directory: RunDirectory) -> int:
     tokenizer = _tokenizer(config, directory, origin)
     stores = open_stores(config, tokenizer, _say)
     order = segments(timeline.schedule, config.data, config.training.batch_size, origin.step, origin.position)
-    text = Text(config, stores, Mixture(order, config.run.seed))
+    text = Text(config, stores, make_mixture(config, stores, order, timeline.position(timeline.total)))
 
     # ---- model, optimizer, step ----------------------------------------------------------------------------------
     mesh = make_mesh(config.mesh)

@@ -11,7 +11,7 @@ from pathlib import Path
 from cpmjax.data import tokenizer as tokenizers
 from cpmjax.data.batches import Batches, Rows
 from cpmjax.data.corpora import check_unchanged, content_key, documents, held_out
-from cpmjax.data.mixture import Mixture, Segment
+from cpmjax.data.mixture import Mixture, Segment, run_out
 from cpmjax.data.tokenizer import Tokenizer
 from cpmjax.data.tokens import Store, build_or_open
 from cpmjax.run.config import Config, DataConfig
@@ -134,6 +134,20 @@ def open_stores(config: Config, tokenizer: Tokenizer, progress: Callable[[str], 
         )
         for name in sorted(data.stable.keys() | data.decay.keys())
     }
+
+
+def make_mixture(config: Config, stores: dict[str, Store], order: Sequence[Segment], end: int) -> Mixture:
+    """The rows of a run of `end` rows in this order, each corpus of `on_end: end` no more than once.
+
+    Raises UserError if nothing is left to read before the end.
+    """
+    length, seed = config.data.sequence_length, config.run.seed
+    limits = {
+        name: Rows(store.train, length, seed).rows
+        for name, store in stores.items()
+        if config.data.corpora[name].on_end == "end"
+    }
+    return Mixture(run_out(order, seed, limits, end), seed)
 
 
 def segments(

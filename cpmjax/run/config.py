@@ -162,15 +162,15 @@ class DataConfig:
                     yield f"{stage}.{name}", f"one of data.corpora: {', '.join(self.corpora)}"
                 elif not 0 < weight < math.inf:
                     yield f"{stage}.{name}", "a positive weight"
-        names: dict[CorpusConfig, str] = {}
+        names: dict[str, str] = {}  # by what says which documents there are
         for name, corpus in self.corpora.items():
             if getattr(corpus, "path", None) == "":
                 yield f"corpora.{name}.path", "a file or folder"
             elif getattr(corpus, "name", None) == "":
                 yield f"corpora.{name}.name", "a dataset of Hugging Face, or a folder of one"
             # Its documents would be read twice as often as their weights and the printed epochs say.
-            elif names.setdefault(corpus, name) != name:
-                yield f"corpora.{name}", f"another corpus than data.corpora.{names[corpus]}, which is the same"
+            elif names.setdefault(repr(corpus), name) != name:
+                yield f"corpora.{name}", f"another corpus than data.corpora.{names[repr(corpus)]}, which is the same"
         if self.sequence_length < 2:
             yield "sequence_length", "2 or more"
         if not 0 <= self.held_out < 1:

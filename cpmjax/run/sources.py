@@ -5,14 +5,21 @@ A path is one of this machine, or a URL that fsspec reads: gs://, s3://, https:/
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import draccus
 
 
 @dataclass(frozen=True)
 class CorpusConfig(draccus.ChoiceRegistry):
-    """Where documents come from. `type` in the YAML chooses the kind."""
+    """Where documents come from. `type` in the YAML chooses the kind.
+
+    With `on_end: end` each row is read once, and the other corpora share the rows that it would have had from there on.
+    The repr is part of a store's key, so it has only what says which documents there are.
+    """
+
+    on_end: Literal["repeat", "end"] = field(default="repeat", kw_only=True, repr=False)  # when all of it has been read
 
     @classmethod
     def default_choice_name(cls) -> str | None:

@@ -12,6 +12,23 @@ from cpmjax.run.errors import UserError
 from cpmjax.run.sources import TextFolder
 
 
+def test_a_corpus_of_which_each_row_is_read_once(config):
+    once = dataclasses.replace(config.data.corpora["others"], on_end="end")
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, corpora=config.data.corpora | {"others": once})
+    )
+    stores = text.open_stores(config, text.make_tokenizer(config, print), print)
+    order = [Segment(40, config.data.stable), Segment(None, config.data.decay)]
+    mixture = text.make_mixture(config, stores, order, 5000)
+    found = text.Text(config, stores, mixture)
+    read = [mixture.locate(position) for position in range(5000)]
+    assert sorted(index for name, index in read if name == "others") == list(range(found.rows["others"].rows))
+    assert "1.00 epochs by then" in found.describe(0, [("stable", 40), ("decay", 5000)]).splitlines()[-1]
+    alone = [Segment(None, {"others": 1.0})]
+    with pytest.raises(UserError, match=rf"at row {found.rows['others'].rows} of 5,000 each of others has been read"):
+        text.make_mixture(config, stores, alone, 5000)
+
+
 @pytest.fixture
 def config(tmp_path) -> Config:
     """Two corpora, the second one for the decay alone."""

@@ -112,7 +112,7 @@ def test_cycles_and_lists() -> None:
         ("--width=3", ["width", "no such key", "model"]),
         ("--data.tokenizer.pth=x", ["data.tokenizer.pth", "nearest: path", "sample_bytes"]),
         ("--data.corpora.docs.pth=x", ["data.corpora.docs.pth", "nearest: path", "glob"]),
-        ("--data.corpora.docs.field=x", ["data.corpora.docs.field", "one of type, path, glob"]),
+        ("--data.corpora.docs.field=x", ["data.corpora.docs.field", "one of type, on_end, path, glob"]),
         ("--schedule.half_period=3", ["schedule.half_period", "one of type, unit, warmup"]),
         ("--schedule.type=wds", ["schedule.type", "wsd, wsd_s, cosine", "nearest: wsd"]),
         ("--schedule.type=7", ["schedule.type = 7", "wsd_s"]),
