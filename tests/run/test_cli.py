@@ -221,7 +221,7 @@ def test_any_tree_gives_a_configuration_or_one_line(tree: dict[str, Any]) -> Non
 
 texts = st.text(st.characters(codec="utf-8"), max_size=30)
 awkward = st.sampled_from(
-    ["1e3", "1.5E-7", "yes", "null", "~", "", " x ", "a: b", "# no", "2024-01-01", "1:30", "*.py"]
+    ["1e3", "1.5E-7", "yes", "null", "~", "", " x ", "a: b", "# no", "2024-01-01", "1:30", "*.py", "a\x85b"]
 )
 names = texts | awkward
 shares = st.floats(1e-12, 1e12)
