@@ -19,8 +19,7 @@ import jax
 
 from cpmjax.checkpoint.store import Checkpoints
 from cpmjax.data.loader import Loader
-from cpmjax.data.mixture import Mixture
-from cpmjax.data.text import Text, make_tokenizer, open_stores, segments
+from cpmjax.data.text import Text, make_mixture, make_tokenizer, open_stores, segments
 from cpmjax.data.tokenizer import Tokenizer
 from cpmjax.model import mup
 from cpmjax.model.parameters import count
@@ -72,7 +71,7 @@ def train(config: Config, directory: RunDirectory) -> int:
     tokenizer = _tokenizer(config, directory, origin)
     stores = open_stores(config, tokenizer, _say)
     order = segments(timeline.schedule, config.data, config.training.batch_size, origin.step, origin.position)
-    text = Text(config, stores, Mixture(order, config.run.seed))
+    text = Text(config, stores, make_mixture(config, stores, order, timeline.position(timeline.total)))
 
     # ---- model, optimizer, step ----------------------------------------------------------------------------------
     mesh = make_mesh(config.mesh)
@@ -84,7 +83,7 @@ def train(config: Config, directory: RunDirectory) -> int:
     step_function = make_step(config.model, loss, optimizer, config.training.accumulation)
     _say(mup.describe(config.model, config.optimizer))
     _say(f"{count(config.model):,} parameters, {count(config.model, embeddings=False):,} of them not embeddings")
-    _say(text.describe(timeline.position(timeline.total)))
+    _say(text.describe(origin.position, timeline.stage_ends()))
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         abstract = abstract_state(config.model, optimizer, mesh)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import jobs
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -61,6 +64,19 @@ def write_bad_line(line: bytes) -> Callable[[Path], Path]:
     return spoil
 
 
+def truncated_gzip(folder: Path) -> Path:
+    file = folder / "texts.jsonl.gz"
+    whole = gzip.compress(jsonl(folder).read_bytes())
+    file.write_bytes(whole[: len(whole) // 2])
+    return file
+
+
+def parquet_of_something_else(folder: Path) -> Path:
+    file = folder / "texts.parquet"
+    pq.write_table(pa.table({"content": ["a", "b"]}), file)
+    return file
+
+
 def dangling_link(folder: Path) -> Path:
     texts = folder_of_texts(folder)
     (texts / "bad.txt").symlink_to(texts / "nowhere")
@@ -85,13 +101,16 @@ BAD_DOCUMENTS: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     "no object": (write_bad_line(b'["text"]'), ("texts.jsonl, line 3: a JSON list", "'text' is a string")),
     "missing field": (write_bad_line(b'{"txt": "a"}'), ("line 3: no 'text', the nearest key is 'txt'", "a string")),
     "field of another type": (write_bad_line(b'{"text": 5}'), ("line 3: its 'text' is a int", "a string")),
+    "truncated gzip": (truncated_gzip, (".jsonl.gz, line ", "the gzip data stops", "expected a complete file")),
+    "missing column": (parquet_of_something_else, (".parquet: no 'text', the nearest key is 'content'", "is a string")),
     "bytes in a line": (write_bad_line(b'{"text": "\xff"}'), ("texts.jsonl, line 3, byte", "0xff is not UTF-8")),
 }
 
 
 def spoilt(folder: Path, path: Path, **sections: jobs.Tree) -> Path:
     """An experiment of three steps on one corpus."""
-    corpus = {"type": "jsonl" if path.suffix == ".jsonl" else "text", "path": str(path)}
+    kind = {".jsonl": "jsonl", ".gz": "jsonl", ".parquet": "parquet"}.get(path.suffix, "text")
+    corpus = {"type": kind, "path": str(path)}
     data = {"corpora": {"texts": corpus}, "stable": {"texts": 1.0}, "decay": {}} | sections.pop("data", {})
     return jobs.experiment(folder, "run", schedule=SHORT, data=data, **sections)
 
@@ -141,6 +160,15 @@ def test_corpora_that_are_missing_or_too_small(tmp_path: Path) -> None:
     assert "vocabulary" in message and "100000" in message.replace(",", "")
     message = jobs.refusal(spoilt(tmp_path, texts, data={"stable": {"text": 1.0}}))
     assert message == "data.stable.text = 1.0: expected one of data.corpora: texts"
+
+
+def test_a_store_that_does_not_answer(tmp_path: Path) -> None:
+    corpus = {"type": "jsonl", "path": "http://127.0.0.1:1/texts.jsonl"}
+    data = {"corpora": {"texts": corpus}, "bad_documents": "skip"}
+    message = jobs.refusal(spoilt(tmp_path, folder_of_texts(tmp_path), data=data))
+    assert message.startswith(f"{corpus['path']}: ") and message.endswith("; expected a store that answers")
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    assert not list(tmp_path.glob("cache/tokens/texts-*"))
 
 
 def test_a_batch_larger_than_the_corpus(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Sequence
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,6 +21,48 @@ class Segment:
 
     rows: int | None  # None: to the end of the run
     weights: dict[str, float]  # corpus -> share of the rows, in any unit
+
+
+def run_out(segments: Sequence[Segment], seed: int, limits: Mapping[str, int], end: int) -> list[Segment]:
+    """The segments of a run of `end` rows, cut wherever a corpus has been read to its limit (in rows).
+
+    From there on it has no weight, so that the others share its rows as they share theirs. Raises UserError if none
+    is left before the end. Where a cut lies depends on nothing that comes after it, so a branch still replays its
+    trunk.
+    """
+    cut: list[Segment] = []
+    start = 0
+    for segment in segments:
+        last = end if segment.rows is None else start + segment.rows
+        stop = min(last, end)
+        weights = segment.weights
+        while start < stop:
+            mixture = Mixture([*cut, Segment(None, weights)], seed)
+            read = mixture.counts(start)
+            left = {name: weight for name, weight in weights.items() if read[name] < limits.get(name, math.inf)}
+            if not left:
+                names = ", ".join(segment.weights)
+                raise UserError(
+                    f"data.corpora: at row {start:,} of {end:,} each of {names} has been read to its end; "
+                    f"expected more text, a shorter schedule, or one with on_end: repeat"
+                )
+            if left != weights:
+                weights = left
+                continue
+            ends = [_first(mixture, start, stop, name, limits[name]) for name in weights if name in limits]
+            here = min([stop, *ends])
+            if here == stop:
+                break
+            cut.append(Segment(here - start, weights))
+            start = here
+        cut.append(Segment(None if segment.rows is None else last - start, weights))
+        start = last
+    return cut
+
+
+def _first(mixture: Mixture, start: int, stop: int, name: str, rows: int) -> int:
+    """The first position from start to stop before which a corpus has so many rows; stop if there is none."""
+    return start + bisect_left(range(start, stop), rows, key=lambda position: mixture.counts(position)[name])
 
 
 class Mixture:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from cpmjax.data import tokenizer as tokenizers
 from cpmjax.data.batches import Batches, Rows
-from cpmjax.data.corpora import content_key, documents, held_out
-from cpmjax.data.mixture import Mixture, Segment
+from cpmjax.data.corpora import check_unchanged, content_key, documents, held_out
+from cpmjax.data.mixture import Mixture, Segment, run_out
 from cpmjax.data.tokenizer import Tokenizer
 from cpmjax.data.tokens import Store, build_or_open
 from cpmjax.run.config import Config, DataConfig
@@ -46,9 +46,13 @@ class Text:
                         f"a batch takes of it: add text, or lower training.batch_size = {size}"
                     )
 
-    def describe(self, position: int) -> str:
-        """A line for each corpus: its size, and how often it will have been read at this position."""
-        read = self.mixture.counts(position)
+    def describe(self, begin: int, stages: Sequence[tuple[str, int]]) -> str:
+        """A line for each corpus and for each stage, given by its name and the position at which it ends.
+
+        A corpus: its size, and how often it will have been read at the end. A stage: the share of its rows that each
+        corpus gets (the first stage counts from `begin`), and the epochs of that corpus read by then.
+        """
+        read = self.mixture.counts(stages[-1][1])
         lines = []
         for name, store in self.stores.items():
             train, held_out = store.summary["train"], store.summary["held_out"]
@@ -59,6 +63,17 @@ class Text:
                 f"held out; read {read.get(name, 0) / self.rows[name].rows:.2f} times by the end"
                 + (f"; {skipped} bad documents skipped" if skipped else "")
             )
+        before = self.mixture.counts(begin)
+        for stage, end in stages:
+            after = self.mixture.counts(end)
+            shares = [
+                f"{(after[name] - before[name]) / max(1, end - begin):.1%} {name}, "
+                f"{after[name] / self.rows[name].rows:.2f} epochs by then"
+                for name in after
+                if after[name] > before[name]
+            ]
+            lines.append(f"rows {begin:,} to {end:,} ({stage}): {'; '.join(shares)}")
+            begin, before = end, after
         return "\n".join(lines)
 
 
@@ -72,13 +87,15 @@ def make_tokenizer(config: Config, progress: Callable[[str], None]) -> Tokenizer
     if data.tokenizer.path is not None:
         tokenizer = Tokenizer.load(Path(data.tokenizer.path).expanduser())
     else:
-        contents = [content_key(data.corpora[name], data.bad_documents) for name in sorted(data.stable)]
-        parts = (contents, config.model.vocabulary, data.tokenizer.sample_bytes, data.held_out)
+        contents = _contents(data)
+        parts = (list(contents.values()), config.model.vocabulary, data.tokenizer.sample_bytes, data.held_out)
         key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
         file = Path(config.run.cache).expanduser() / "tokenizers" / f"{key}.model"
         if not file.is_file():
             progress(f"tokenizer: training {config.model.vocabulary:,} pieces")
             model = tokenizers.train(_training_text(data), config.model.vocabulary, data.tokenizer.sample_bytes)
+            for name, content in _contents(data).items():
+                check_unchanged(name, contents[name], content)
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(file, model)
         tokenizer = Tokenizer.load(file)
@@ -88,6 +105,11 @@ def make_tokenizer(config: Config, progress: Callable[[str], None]) -> Tokenizer
             f"{data.tokenizer.path}"
         )
     return tokenizer
+
+
+def _contents(data: DataConfig) -> dict[str, str]:
+    """The key of each stable corpus."""
+    return {name: content_key(data.corpora[name], data.bad_documents) for name in sorted(data.stable)}
 
 
 def _training_text(data: DataConfig) -> Iterator[str]:
@@ -112,6 +134,20 @@ def open_stores(config: Config, tokenizer: Tokenizer, progress: Callable[[str], 
         )
         for name in sorted(data.stable.keys() | data.decay.keys())
     }
+
+
+def make_mixture(config: Config, stores: dict[str, Store], order: Sequence[Segment], end: int) -> Mixture:
+    """The rows of a run of `end` rows in this order, each corpus of `on_end: end` no more than once.
+
+    Raises UserError if nothing is left to read before the end.
+    """
+    length, seed = config.data.sequence_length, config.run.seed
+    limits = {
+        name: Rows(store.train, length, seed).rows
+        for name, store in stores.items()
+        if config.data.corpora[name].on_end == "end"
+    }
+    return Mixture(run_out(order, seed, limits, end), seed)
 
 
 def segments(

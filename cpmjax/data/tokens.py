@@ -17,7 +17,6 @@ import json
 import os
 import shutil
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,11 +25,12 @@ from typing import Any
 
 import numpy as np
 
-from cpmjax.data.corpora import Document, OnBad, content_key, documents
+from cpmjax.data.corpora import OnBad, Reading, check_unchanged, content_key
 from cpmjax.data.corpora import held_out as is_held_out
+from cpmjax.data.documents import Document
 from cpmjax.data.tokenizer import Tokenizer
-from cpmjax.run.config import CorpusConfig
 from cpmjax.run.errors import UserError
+from cpmjax.run.sources import CorpusConfig
 
 _FORMAT = 1  # part of the key: a change of layout builds anew
 _SPLITS = ("train", "held_out")
@@ -70,9 +70,11 @@ def build_or_open(
 
     `progress` is called with a line for each few megabytes of text. A store is renamed into place when it is
     complete; of several processes one builds and the others wait. Raises UserError for bad documents (unless
-    `on_bad` is "skip") and where the cache cannot be written.
+    `on_bad` is "skip"), for a corpus that is another one when its last document has been read than when the building
+    began, and where the cache cannot be written.
     """
-    parts = (_FORMAT, content_key(corpus, on_bad), tokenizer.fingerprint, held_out)
+    content = content_key(corpus, on_bad)
+    parts = (_FORMAT, content, tokenizer.fingerprint, held_out)
     key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     folder = cache.expanduser() / "tokens" / f"{name}-{key}"
     store = _open(folder, name)
@@ -81,7 +83,7 @@ def build_or_open(
             with _only_builder(folder.parent, lambda: progress(f"{name}: waiting for another process to tokenise")):
                 store = _open(folder, name)
                 if store is None:
-                    _build(folder, name, corpus, tokenizer, held_out, on_bad, progress)
+                    _build(folder, name, corpus, content, tokenizer, held_out, on_bad, progress)
                     store = _open(folder, name)
         except OSError as error:
             raise UserError(f"{folder}: {error.strerror}; expected room for tokens there (run.cache)") from error
@@ -108,6 +110,7 @@ def _build(
     folder: Path,
     name: str,
     corpus: CorpusConfig,
+    content: str,
     tokenizer: Tokenizer,
     held_out: float,
     on_bad: OnBad,
@@ -115,21 +118,22 @@ def _build(
 ) -> None:
     building = folder.with_name(folder.name + ".building")
     building.mkdir()
-    skipped: Counter[str] = Counter()
+    reading = Reading(corpus, on_bad)
     try:
         with ExitStack() as stack:
             dtype = _dtype(tokenizer.vocabulary)
             writers = [stack.enter_context(_SplitWriter(building, split, dtype)) for split in _SPLITS]
-            for chunk in _chunks(documents(corpus, on_bad, skipped)):
+            for chunk in _chunks(reading):
                 rows = tokenizer.encode_documents([document.text for document in chunk])
                 for document, row in zip(chunk, rows, strict=True):
                     writers[is_held_out(document.name, held_out)].append(document, row)
                 done, tokens = (sum(writer.summary[unit] for writer in writers) for unit in ("documents", "tokens"))
                 progress(f"{name}: {done:,} documents, {tokens:,} tokens")
+        check_unchanged(name, content, reading.key())
         summary = {
             "corpus": repr(corpus),
             "dtype": dtype,
-            "skipped": dict(sorted(skipped.items())),
+            "skipped": dict(sorted(reading.skipped.items())),
             **{writer.split: writer.summary for writer in writers},
         }
         (building / "store.json").write_text(json.dumps(summary, indent=2) + "\n")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,6 +18,7 @@ import draccus
 
 from cpmjax.run.errors import UserError
 from cpmjax.run.schedule import WSD, Schedule
+from cpmjax.run.sources import CorpusConfig
 
 
 @dataclass(frozen=True)
@@ -131,45 +133,6 @@ class ComputeConfig:
 
 
 @dataclass(frozen=True)
-class CorpusConfig(draccus.ChoiceRegistry):
-    """Where documents come from. `type` in the YAML chooses the kind."""
-
-    @classmethod
-    def default_choice_name(cls) -> str | None:
-        return None
-
-
-@CorpusConfig.register_subclass("standard_library")
-@dataclass(frozen=True)
-class StandardLibrary(CorpusConfig):
-    """Source files of the Python that runs this, tests and the file of `language_reference` left out."""
-
-
-@CorpusConfig.register_subclass("language_reference")
-@dataclass(frozen=True)
-class LanguageReference(CorpusConfig):
-    """Prose of the Python language reference: each topic of `pydoc_data/topics.py` is a document."""
-
-
-@CorpusConfig.register_subclass("text")
-@dataclass(frozen=True)
-class TextFolder(CorpusConfig):
-    """A UTF-8 text file, or a folder of them (searched recursively); each file is a document."""
-
-    path: str = ""
-    glob: str = "*.txt"  # which files of a folder
-
-
-@CorpusConfig.register_subclass("jsonl")
-@dataclass(frozen=True)
-class Jsonl(CorpusConfig):
-    """A .jsonl or .jsonl.gz file, or a folder of them; each line is a document."""
-
-    path: str = ""
-    field: str = "text"  # the key that holds the text
-
-
-@dataclass(frozen=True)
 class TokenizerConfig:
     path: str | None = None  # a sentencepiece .model; None trains one with model.vocabulary pieces on stable corpora
     sample_bytes: int = 4_000_000  # how much text the training of a tokenizer reads
@@ -197,11 +160,17 @@ class DataConfig:
             for name, weight in getattr(self, stage).items():
                 if name not in self.corpora:
                     yield f"{stage}.{name}", f"one of data.corpora: {', '.join(self.corpora)}"
-                elif not weight > 0:
+                elif not 0 < weight < math.inf:
                     yield f"{stage}.{name}", "a positive weight"
+        names: dict[str, str] = {}  # by what says which documents there are
         for name, corpus in self.corpora.items():
             if getattr(corpus, "path", None) == "":
                 yield f"corpora.{name}.path", "a file or folder"
+            elif getattr(corpus, "name", None) == "":
+                yield f"corpora.{name}.name", "a dataset of Hugging Face, or a folder of one"
+            # Its documents would be read twice as often as their weights and the printed epochs say.
+            elif names.setdefault(repr(corpus), name) != name:
+                yield f"corpora.{name}", f"another corpus than data.corpora.{names[repr(corpus)]}, which is the same"
         if self.sequence_length < 2:
             yield "sequence_length", "2 or more"
         if not 0 <= self.held_out < 1:

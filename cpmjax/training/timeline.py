@@ -44,6 +44,11 @@ class Timeline:
         """Rows consumed after this step."""
         return self.origin.position + (step - self.origin.step) * self.config.training.batch_size
 
+    def stage_ends(self) -> list[tuple[str, int]]:
+        """The stages that this run has a step of, with the rows consumed at the end of each."""
+        stages = [stage for stage in self.schedule.stages() if stage.last > self.origin.step]
+        return [(stage.name, self.position(stage.last)) for stage in stages]
+
     def tokens(self, step: int) -> int:
         """Tokens consumed after this step."""
         return self.position(step) * self.config.data.sequence_length

@@ -18,8 +18,7 @@ import jax
 import numpy as np
 
 from cpmjax.data.loader import Loader
-from cpmjax.data.mixture import Mixture
-from cpmjax.data.text import Text, make_tokenizer, open_stores, segments
+from cpmjax.data.text import Text, make_mixture, make_tokenizer, open_stores, segments
 from cpmjax.model import mup
 from cpmjax.model.parameters import Tree
 from cpmjax.parallel.compiled import keep_compiled
@@ -105,11 +104,12 @@ class Workbench:
 
     def text(self, config: Config) -> Text:
         """The text in the order in which a trial of this experiment reads it."""
-        schedule = Timeline(config, Origin({})).schedule
-        parts = (schedule.stages(), encode(config.data), config.training.batch_size, config.run.seed)
+        timeline = Timeline(config, Origin({}))
+        parts = (timeline.schedule.stages(), encode(config.data), config.training.batch_size, config.run.seed)
         if (key := repr(parts)) not in self._texts:
-            order = segments(schedule, config.data, config.training.batch_size)
-            self._texts[key] = Text(config, self._stores, Mixture(order, config.run.seed))
+            order = segments(timeline.schedule, config.data, config.training.batch_size)
+            mixture = make_mixture(config, self._stores, order, timeline.position(timeline.total))
+            self._texts[key] = Text(config, self._stores, mixture)
         return self._texts[key]
 
     def program(self, config: Config) -> Program:

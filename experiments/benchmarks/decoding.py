@@ -49,7 +49,8 @@ from cpmjax.model.presets import PRESETS
 from cpmjax.model.transformer import MiniCPM
 from cpmjax.model.weights import BFLOAT16, FLOAT16, FLOAT32, Weights, cast
 from cpmjax.parallel.compiled import keep_compiled
-from cpmjax.run.config import ModelConfig, StandardLibrary
+from cpmjax.run.config import ModelConfig
+from cpmjax.run.sources import StandardLibrary
 from cpmjax.sampling.chat import RELEASED_OPTIONS
 
 VOCABULARY, PROMPT = 4096, 128

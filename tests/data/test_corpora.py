@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpmjax.data.corpora import content_key, documents, held_out
-from cpmjax.run.config import Jsonl, LanguageReference, StandardLibrary, TextFolder
 from cpmjax.run.errors import UserError
+from cpmjax.run.sources import Jsonl, LanguageReference, StandardLibrary, TextFolder
 
 
 def write(path, content):

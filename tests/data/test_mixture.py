@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import contextlib
+import math
+import re
 from collections import Counter
+from collections.abc import Iterator
 from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpmjax.data.mixture import BLOCK, Mixture, Segment
+from cpmjax.data.mixture import BLOCK, Mixture, Segment, run_out
 from cpmjax.run.errors import UserError
 
 WEIGHTS = st.dictionaries(st.sampled_from("abcd"), st.floats(0.1, 10), min_size=1)
@@ -69,6 +73,58 @@ def test_a_branch_replays_its_trunk_and_goes_on_with_unseen_rows(stable, decay, 
         corpus, index = branch.locate(position)
         assert corpus in decay
         assert index >= consumed.get(corpus, 0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(SEGMENTS, st.dictionaries(st.sampled_from("abc"), st.integers(1, 2000)), st.integers(1, 6000))
+def test_a_corpus_that_ends_leaves_its_share_to_the_others(segments, limits, end):
+    segments = [*segments, Segment(None, segments[-1].weights | {"d": 1.0})]  # d never ends, but is not everywhere
+    try:
+        mixture = Mixture(run_out(segments, 0, limits, end), seed=0)
+    except UserError as error:
+        position = int(re.search(r"at row ([\d,]+) of", str(error))[1].replace(",", ""))
+        assert position < end
+        mixture = Mixture(run_out(segments, 0, limits, position), seed=0)
+        here = next(s for s, stop in _stops(segments) if position < stop)
+        assert {name for name in here.weights if mixture.counts(position)[name] < limits.get(name, 10**9)} == set()
+        return
+    seen: Counter[str] = Counter()
+    for position in range(end):
+        corpus, index = mixture.locate(position)
+        assert index == seen[corpus] < limits.get(corpus, 10**9)
+        seen[corpus] += 1
+        here = next(s for s, stop in _stops(segments) if position < stop)
+        assert corpus in here.weights
+    # A run that is longer, or ends otherwise, has the same rows up to there.
+    with contextlib.suppress(UserError):
+        longer = Mixture(run_out(segments, 0, limits, 2 * end), seed=0)
+        assert all(longer.locate(n) == mixture.locate(n) for n in range(max(0, end - 500), end))
+
+
+def _stops(segments: list[Segment]) -> Iterator[tuple[Segment, float]]:
+    stop = 0.0
+    for segment in segments:
+        stop += math.inf if segment.rows is None else segment.rows
+        yield segment, stop
+
+
+def test_what_is_left_keeps_its_weights_after_an_end():
+    order = [Segment(None, {"a": 1.0, "b": 2.0, "c": 1.0})]
+    mixture = Mixture(run_out(order, 5, {"a": 300}, 100 * BLOCK), seed=5)
+    at_its_end = next(n for n in range(1, 5000) if mixture.counts(n)["a"] == 300)
+    assert 4 * 300 - 50 < at_its_end < 4 * 300 + 50
+    before, after = mixture.counts(at_its_end), mixture.counts(at_its_end + 30 * BLOCK)
+    assert after["a"] == 300
+    assert (after["b"] - before["b"]) / (after["c"] - before["c"]) == pytest.approx(2, rel=0.01)
+    assert run_out(order, 5, {}, 10**12) == order
+    with pytest.raises(
+        UserError, match=r"^data\.corpora: at row 30 of 31 each of a, b has been read to its end; expected"
+    ):
+        run_out([Segment(None, {"a": 1.0, "b": 1.0})], 0, {"a": 10, "b": 20}, 31)
+    assert Mixture(run_out([Segment(None, {"a": 1.0, "b": 1.0})], 0, {"a": 10, "b": 20}, 30), 0).counts(30) == {
+        "a": 10,
+        "b": 20,
+    }
 
 
 def test_blocks_are_ordered_differently_by_seed_segment_and_block():

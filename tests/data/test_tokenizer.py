@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from cpmjax.data.corpora import documents
 from cpmjax.data.tokenizer import Tokenizer, train
-from cpmjax.run.config import Jsonl, LanguageReference
 from cpmjax.run.errors import UserError
+from cpmjax.run.sources import Jsonl, LanguageReference
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 REAL = {"minicpm-2b-122753": "minicpm-2b.model", "minicpm-1b-73440": "minicpm-1b.model"}

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cpmjax.data import tokens
 from cpmjax.data.corpora import held_out
 from cpmjax.data.tokenizer import Tokenizer, train
 from cpmjax.data.tokens import build_or_open
-from cpmjax.run.config import TextFolder
 from cpmjax.run.errors import UserError
+from cpmjax.run.sources import TextFolder
 
 # Builds a store in small chunks in a process of its own, which dies by SIGKILL at the given progress line.
 BUILDER = """
@@ -23,7 +25,7 @@ import os, signal, sys
 from pathlib import Path
 from cpmjax.data import tokens
 from cpmjax.data.tokenizer import Tokenizer
-from cpmjax.run.config import TextFolder
+from cpmjax.run.sources import TextFolder
 
 folder, cache, die_at = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 tokens._CHUNK_CHARACTERS = 500
@@ -53,9 +55,9 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def build(folder, cache, *, share=0.2, on_bad="refuse", text_start="plain", progress=lambda line: None):
+def build(folder, cache, *, scheme="", share=0.2, on_bad="refuse", text_start="plain", progress=lambda line: None):
     tokenizer = Tokenizer(Tokenizer.load(folder).model, text_start)
-    corpus = TextFolder(str(folder / "texts"))
+    corpus = TextFolder(f"{scheme}{folder / 'texts'}")
     return build_or_open("books", corpus, tokenizer, held_out=share, on_bad=on_bad, cache=cache, progress=progress)
 
 
@@ -158,6 +160,46 @@ def test_skipped_documents_are_counted_in_the_store(folder, tmp_path):
     assert content(tmp_path) == {}
     assert build(texts.parent, tmp_path, on_bad="skip").summary["skipped"] == {"not UTF-8": 1}
     assert len(build(texts.parent, tmp_path, on_bad="skip", share=0.0).held_out.tokens) == 0
+
+
+@pytest.fixture
+def lively(folder, tmp_path) -> Path:
+    """A corpus of its own, which a test changes."""
+    shutil.copytree(folder, tmp_path / "lively")
+    return tmp_path / "lively"
+
+
+def test_a_store_is_the_same_wherever_the_files_lie(folder, tmp_path):
+    build(folder, tmp_path / "local")
+    build(folder, tmp_path / "stored", scheme="file://")
+    local, stored = (sorted(content(tmp_path / kind).items()) for kind in ("local", "stored"))
+    for (one, here), (other, there) in zip(local, stored, strict=True):
+        assert Path(one).name == Path(other).name
+        assert here == there or (Path(one).name == "store.json" and here == there.replace(b"file://", b""))
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+@pytest.mark.parametrize("moment", ["before the first chunk", "after it"])
+def test_no_store_comes_of_a_corpus_that_changes_while_it_is_built(lively, tmp_path, monkeypatch, moment, scheme):
+    monkeypatch.setattr("cpmjax.data.tokens._CHUNK_CHARACTERS", 500)
+    before = build(lively, tmp_path / "cache", scheme=scheme, share=0.5)
+    kept = content(tmp_path / "cache")
+
+    def change(_: object = None) -> None:
+        (lively / "texts" / "59.txt").write_text("alpha alpha")
+
+    if moment == "after it":
+        progress = change
+    else:
+        keyed = tokens.content_key
+        progress = print
+        monkeypatch.setattr(tokens, "content_key", lambda *corpus: (keyed(*corpus), change())[0])
+    with pytest.raises(UserError, match=r"^corpus books: changed while it was read; expected files that nobody"):
+        build(lively, tmp_path / "cache", scheme=scheme, progress=progress)
+    assert content(tmp_path / "cache") == kept
+    assert [path.name for path in (tmp_path / "cache" / "tokens").glob("books-*")] == [before.key]
+    monkeypatch.undo()
+    assert build(lively, tmp_path / "cache", scheme=scheme).held_out.tokens.size
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(folder, tmp_path, monkeypatch):

@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpmjax.run import cli
-from cpmjax.run.config import Config, DataConfig, EvaluationConfig, Jsonl, RunConfig, TextFolder, encode, fingerprint
+from cpmjax.run.config import Config, DataConfig, EvaluationConfig, RunConfig, encode, fingerprint
 from cpmjax.run.errors import UserError
 from cpmjax.run.schedule import WSD, WSDS, Constant, Cosine, CosineLoop
+from cpmjax.run.sources import Jsonl, TextFolder
 
 PRESETS: dict[str, dict[str, Any]] = {"small": {"width": 512, "layers": 8, "heads": 8}, "large": {"width": 1024}}
 DATA = ["--data.corpora={docs: {type: text, path: /texts}}", "--data.stable={docs: 1}"]
@@ -111,7 +112,7 @@ def test_cycles_and_lists() -> None:
         ("--width=3", ["width", "no such key", "model"]),
         ("--data.tokenizer.pth=x", ["data.tokenizer.pth", "nearest: path", "sample_bytes"]),
         ("--data.corpora.docs.pth=x", ["data.corpora.docs.pth", "nearest: path", "glob"]),
-        ("--data.corpora.docs.field=x", ["data.corpora.docs.field", "one of type, path, glob"]),
+        ("--data.corpora.docs.field=x", ["data.corpora.docs.field", "one of type, on_end, path, glob"]),
         ("--schedule.half_period=3", ["schedule.half_period", "one of type, unit, warmup"]),
         ("--schedule.type=wds", ["schedule.type", "wsd, wsd_s, cosine", "nearest: wsd"]),
         ("--schedule.type=7", ["schedule.type = 7", "wsd_s"]),
@@ -139,6 +140,13 @@ def test_cycles_and_lists() -> None:
         ("--model.width=-4", ["model.width = -4", "a positive whole number"]),
         ("--schedule.floor=2", ["schedule.floor = 2.0", "from 0 to 1"]),
         ("--data.stable.dcos=1", ["data.stable.dcos", "one of data.corpora: docs"]),
+        ("--data.stable={docs: 0}", ["data.stable.docs = 0", "a positive weight"]),
+        ("--data.decay={docs: -0.0}", ["data.decay.docs = -0.0", "a positive weight"]),
+        ("--data.stable.docs=.nan", ["data.stable.docs = nan", "a positive weight"]),
+        ("--data.stable.docs=.inf", ["data.stable.docs = inf", "a positive weight"]),
+        ("--data.corpora.more={type: text, path: /texts}", ["data.corpora.more", "than data.corpora.docs", "the same"]),
+        ("--data.corpora.more={type: parquet}", ["data.corpora.more.path = ''", "a file or folder"]),
+        ("--data.corpora.more={type: huggingface}", ["data.corpora.more.name = ''", "a dataset"]),
         ("--model.width", ["--model.width has no value", "--model.width=VALUE"]),
         ("--model.width=", ["--model.width has no value"]),
         ("-v", ["unknown flag -v", "--section.key=value"]),
@@ -213,7 +221,7 @@ def test_any_tree_gives_a_configuration_or_one_line(tree: dict[str, Any]) -> Non
 
 texts = st.text(st.characters(codec="utf-8"), max_size=30)
 awkward = st.sampled_from(
-    ["1e3", "1.5E-7", "yes", "null", "~", "", " x ", "a: b", "# no", "2024-01-01", "1:30", "*.py"]
+    ["1e3", "1.5E-7", "yes", "null", "~", "", " x ", "a: b", "# no", "2024-01-01", "1:30", "*.py", "a\x85b"]
 )
 names = texts | awkward
 shares = st.floats(1e-12, 1e12)
@@ -245,7 +253,7 @@ def test_dump_reads_back_equal(
     config = dataclasses.replace(
         Config(),
         run=RunConfig(directory=directory, seed=2**32 - 1),
-        data=DataConfig(corpora={name: Jsonl("p", name or "text") for name in weights}, stable=weights),
+        data=DataConfig(corpora={name: Jsonl(f"p{name}") for name in weights}, stable=weights),
         schedule=schedule,
         evaluation=EvaluationConfig(prompts=prompts, temperature=temperature),
     )

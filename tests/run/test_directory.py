@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 
 from cpmjax.run import directory as module
 from cpmjax.run.cli import decode
-from cpmjax.run.config import CheckpointConfig, Config, DataConfig, RunConfig, TextFolder, TrainingConfig
+from cpmjax.run.config import CheckpointConfig, Config, DataConfig, RunConfig, TrainingConfig
 from cpmjax.run.directory import Lines, RunDirectory, json_line, write_atomically
 from cpmjax.run.errors import UserError
 from cpmjax.run.schedule import WSD, Cosine
+from cpmjax.run.sources import TextFolder
 
 CONFIG = Config(run=RunConfig(seed=5), data=DataConfig(corpora={"docs": TextFolder("/t")}, stable={"docs": 1.0}))
 REPOSITORY = Path(module.__file__).parents[2]

@@ -19,7 +19,8 @@ from cpmjax.model.initialise import initialise
 from cpmjax.model.transformer import MiniCPM
 from cpmjax.parallel.mesh import make_mesh
 from cpmjax.parallel.sharding import partition
-from cpmjax.run.config import Config, DataConfig, EvaluationConfig, ModelConfig, RunConfig, TextFolder, TrainingConfig
+from cpmjax.run.config import Config, DataConfig, EvaluationConfig, ModelConfig, RunConfig, TrainingConfig
+from cpmjax.run.sources import TextFolder
 from cpmjax.sampling.prompts import Prompts
 from cpmjax.training.evaluation import HeldOut
 

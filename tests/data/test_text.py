@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import pytest
+
+from cpmjax.data import text, tokenizer
+from cpmjax.data.mixture import Mixture, Segment
+from cpmjax.run.config import Config, DataConfig, ModelConfig, RunConfig
+from cpmjax.run.errors import UserError
+from cpmjax.run.sources import TextFolder
+
+
+def test_a_corpus_of_which_each_row_is_read_once(config):
+    once = dataclasses.replace(config.data.corpora["others"], on_end="end")
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, corpora=config.data.corpora | {"others": once})
+    )
+    stores = text.open_stores(config, text.make_tokenizer(config, print), print)
+    order = [Segment(40, config.data.stable), Segment(None, config.data.decay)]
+    mixture = text.make_mixture(config, stores, order, 5000)
+    found = text.Text(config, stores, mixture)
+    read = [mixture.locate(position) for position in range(5000)]
+    assert sorted(index for name, index in read if name == "others") == list(range(found.rows["others"].rows))
+    assert "1.00 epochs by then" in found.describe(0, [("stable", 40), ("decay", 5000)]).splitlines()[-1]
+    alone = [Segment(None, {"others": 1.0})]
+    with pytest.raises(UserError, match=rf"at row {found.rows['others'].rows} of 5,000 each of others has been read"):
+        text.make_mixture(config, stores, alone, 5000)
+
+
+@pytest.fixture
+def config(tmp_path) -> Config:
+    """Two corpora, the second one for the decay alone."""
+    for name, documents in (("words", 200), ("others", 60)):
+        (tmp_path / name).mkdir()
+        for n in range(documents):
+            (tmp_path / name / f"{n}.txt").write_text(" ".join(f"{name}{k}" for k in range(n, n + 30)))
+    return dataclasses.replace(
+        Config(),
+        run=RunConfig(cache=str(tmp_path / "cache")),
+        model=ModelConfig(vocabulary=280),
+        data=DataConfig(
+            corpora={name: TextFolder(str(tmp_path / name)) for name in ("words", "others")},
+            stable={"words": 2.0},
+            decay={"words": 3.0, "others": 1.0},
+            sequence_length=64,
+        ),
+    )
+
+
+def test_shares_and_epochs_are_those_of_the_rows_that_are_read(config):
+    stores = text.open_stores(config, text.make_tokenizer(config, print), print)
+    mixture = Mixture([Segment(300, config.data.stable), Segment(None, config.data.decay)], seed=1)
+    found = text.Text(config, stores, mixture)
+    description = found.describe(50, [("stable", 300), ("decay", 1000)])
+    begin, read = 50, Counter(mixture.locate(position)[0] for position in range(50))
+    for (stage, end), line in zip((("stable", 300), ("decay", 1000)), description.splitlines()[-2:], strict=True):
+        here = Counter(mixture.locate(position)[0] for position in range(begin, end))
+        read += here
+        shares = [
+            f"{here[name] / (end - begin):.1%} {name}, {read[name] / found.rows[name].rows:.2f} epochs by then"
+            for name in sorted(here)
+        ]
+        assert line == f"rows {begin:,} to {end:,} ({stage}): " + "; ".join(shares)
+        begin = end
+    assert f"read {read['words'] / found.rows['words'].rows:.2f} times by the end" in description
+
+
+def test_no_tokenizer_is_kept_of_a_corpus_that_changes_while_it_is_trained(config, tmp_path, monkeypatch):
+    train = tokenizer.train
+
+    def change_and_train(*arguments):
+        (tmp_path / "words" / "0.txt").write_text("another text")
+        return train(*arguments)
+
+    monkeypatch.setattr(tokenizer, "train", change_and_train)
+    with pytest.raises(UserError, match=r"^corpus words: changed while it was read; expected files that nobody writes"):
+        text.make_tokenizer(config, print)
+    assert not list((tmp_path / "cache").rglob("*.model"))
+    assert text.make_tokenizer(config, print).vocabulary == 280  # as the file now stays as it is
