@@ -67,7 +67,8 @@ def new_origin(config: Config) -> Origin:
         stable = ", ".join(str(each) for each, stage in stages.items() if stage in ("stable", "imported")) or "none"
         found = f"is in the stage {stages[step]}" if step in stages else "has no checkpoint"
         raise UserError(f"branch.step = {step} of {parent.path} {found}; expected a stable checkpoint: {stable}")
-    moments = store.has_optimizer(step)
+    # Moments of one optimizer are nothing to another.
+    moments = store.has_optimizer(step) and type(theirs.optimizer) is type(config.optimizer)
     rewarmup = config.branch.rewarmup
     if rewarmup is None:
         rewarmup = 0 if moments else _REWARMUP
@@ -91,14 +92,16 @@ def starting_state(
     abstract: TrainState,
 ) -> tuple[int, TrainState]:
     """(step, state) to go on from: the run's newest checkpoint, else its parent's, else new ones."""
+    restored = True
     if checkpoints.steps():
         source, step = checkpoints, checkpoints.steps()[-1]
     elif origin.parent is not None:
         source, step = Checkpoints(origin.parent.checkpoints), origin.step
+        restored = origin.provenance["parent"]["moments"] == "restored"
     else:
         return 0, create_state(config.model, optimizer, abstract, config.run.seed)
     parameters = source.parameters(step, abstract.trainable)
-    moments = source.optimizer(step, abstract.optimizer)
+    moments = source.optimizer(step, abstract.optimizer) if restored else None
     if moments is None:
         shardings = jax.tree.map(lambda x: x.sharding, abstract.optimizer)
         moments = jax.jit(optimizer.init, out_shardings=shardings)(parameters)

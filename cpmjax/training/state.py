@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cpmjax.model.initialise import initialise
 from cpmjax.model.mup import Scales
-from cpmjax.model.parameters import Tree, path_name, specs
+from cpmjax.model.parameters import Tree, flat, owner, path_name, specs
 from cpmjax.parallel.sharding import named_sharding
 from cpmjax.run.config import ModelConfig
 
@@ -33,22 +33,18 @@ def parameter_shardings(config: ModelConfig, mesh: Mesh) -> Tree:
 
 
 def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state as `jax.ShapeDtypeStruct`s with their shardings; moments live where their parameters do."""
-    shapes = jax.eval_shape(lambda: initial_state(config, optimizer, jax.random.key(0)))
-    trainable = parameter_shardings(config, mesh)
+    """The state as `jax.ShapeDtypeStruct`s with their shardings: what has the shape of its parameter lives where the
+    parameter does, and every device has the rest, which is small (counts, means over rows or columns)."""
+    declared, shardings = flat(specs(config)), flat(parameter_shardings(config, mesh))
     replicated = NamedSharding(mesh, PartitionSpec())
-    shardings: Any = TrainState(
-        trainable=trainable,
-        optimizer=optax.tree_utils.tree_map_params(
-            optimizer,
-            lambda _, sharding: sharding,
-            shapes.optimizer,
-            trainable,
-            transform_non_params=lambda _: replicated,
-        ),
-        skipped=replicated,  # type: ignore[arg-type]  # the same tree, of shardings
-    )
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+    def place(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
+        name = owner(path)
+        whole = name in declared and leaf.shape == declared[name].shape
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name] if whole else replicated)
+
+    shapes = jax.eval_shape(lambda: initial_state(config, optimizer, jax.random.key(0)))
+    return jax.tree_util.tree_map_with_path(place, shapes)
 
 
 def create_state(
