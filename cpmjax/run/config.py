@@ -218,6 +218,7 @@ class TrainingConfig:
     batch_size: int = 16  # rows a step, over all devices
     accumulation: int = 1  # micro-batches a step; the gradient is that of the whole batch
     z_loss: float = 0.0  # weight of logsumexp(logits)^2 in the trained loss; the reported loss is without it
+    ema: float | None = None  # what each update leaves of the average of parameters; null: no average is kept
     skip_nonfinite: int = 0  # how many steps with a NaN or infinite loss may be skipped before the run stops
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -225,6 +226,8 @@ class TrainingConfig:
             yield "batch_size", "a positive whole number"
         elif self.accumulation < 1 or self.batch_size % self.accumulation:
             yield "accumulation", f"a divisor of training.batch_size = {self.batch_size}"
+        if self.ema is not None and not 0 < self.ema < 1:
+            yield "ema", "a share between 0 and 1, or null"
         if self.z_loss < 0:
             yield "z_loss", "0 or more"
         if self.skip_nonfinite < 0:
@@ -315,6 +318,8 @@ class Config:
 
     def problems(self) -> Iterator[tuple[str, str]]:
         allowed, kind = _CHECKED[type(self.optimizer)], OptimizerConfig.get_choice_name(type(self.optimizer))
+        if self.training.ema is not None and isinstance(self.optimizer, ScheduleFree):
+            yield "training.ema", "null with optimizer.type=schedule_free, which has an average of its own"
         if self.model.parametrisation not in allowed:
             yield "model.parametrisation", f"one of {', '.join(allowed)} with optimizer.type={kind}"
 
@@ -367,7 +372,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 _NOT_PART_OF_A_RUN = ("run.directory", "run.cache", "run.accept_changes")
 # Keys that are younger than some runs, with their defaults: there they are no part of the fingerprint, so that an older
 # run keeps its own.
-_YOUNGER = {"optimizer.type": "adamw", "optimizer.state_dtype": "float32"}
+_YOUNGER = {"optimizer.type": "adamw", "optimizer.state_dtype": "float32", "training.ema": None}
 
 
 def comparable(tree: dict[str, Any]) -> dict[str, Any]:
