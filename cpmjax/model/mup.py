@@ -15,7 +15,7 @@ Bernstein 2310.17813), and an update whose entries have one sign pattern with it
             lr / sqrt(m) is left (Everett et al. 2407.05872 derive it); embedding, head and norms keep the full rate.
 `spectral`  an operator norm of 1 in the right units, as Muon's: the full rate (2310.17813, section 5).
 All of them forget the size of the gradient; where a rule scales Adam's epsilon, theirs, if they have one, follows it.
-With n the same holds for all: what a rule for Adam asks of it is of updates whose size does not depend on the gradient.
+The depth rules were derived for Adam and are checked with it alone; a run with another optimizer is refused them.
 """
 
 from __future__ import annotations

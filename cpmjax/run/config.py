@@ -324,8 +324,8 @@ class Config:
             yield "model.parametrisation", f"one of {', '.join(allowed)} with optimizer.type={kind}"
 
 
-# What passes the coordinate check with each optimizer (`python -m cpmjax.study coordinate-check`; a test repeats it in
-# small), and, to compare with, `standard`, which claims nothing, and, for its own optimizer, Table 7 as printed.
+# What has passed the coordinate check with each optimizer (`python -m cpmjax.study coordinate-check`; a test repeats
+# it), `standard`, which claims nothing, and, for the optimizer that it is about, Table 7 as printed, to compare with.
 _CHECKED: dict[type[OptimizerConfig], tuple[str, ...]] = {
     AdamW: typing.get_args(Parametrisation),
     Lion: ("minicpm", "standard"),
