@@ -35,10 +35,11 @@ from cpmjax.parallel.machine import machine
 from cpmjax.parallel.mesh import make_mesh
 from cpmjax.parallel.sharding import partition
 from cpmjax.run import cli
-from cpmjax.run.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from cpmjax.run.config import Config, DataConfig, MeshConfig, ModelConfig, TrainingConfig
 from cpmjax.run.directory import Lines, RunDirectory, now, versions, write_atomically
 from cpmjax.run.errors import UserError
 from cpmjax.run.interrupt import SAVED_AND_STOPPED
+from cpmjax.run.optimizers import AdamW
 from cpmjax.run.table import aligned
 from cpmjax.training.optimizer import make_optimizer
 from cpmjax.training.state import abstract_state
@@ -80,7 +81,7 @@ def compile_seconds(layers: int) -> float:
     """Seconds to trace, lower and compile the training step of a narrow model; nothing of it is taken from a cache."""
     model = ModelConfig(vocabulary=512, width=64, layers=layers, heads=4, feed_forward=160, dim_model_base=64)
     config = Config(model=model, data=DataConfig(sequence_length=128), training=TrainingConfig(batch_size=8))
-    optimizer = make_optimizer(model, OptimizerConfig())
+    optimizer = make_optimizer(model, AdamW())
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     by_row = NamedSharding(mesh, partition(("rows", "length")))
     batch = abstract_batch(config, by_row)

@@ -39,7 +39,7 @@ from cpmjax.training.optimizer import make_optimizer
 from cpmjax.training.origin import Origin, new_origin, starting_state
 from cpmjax.training.recorder import Recorder
 from cpmjax.training.report import draw_curves, last_screen
-from cpmjax.training.state import abstract_state
+from cpmjax.training.state import abstract_state, averaged_parameters
 from cpmjax.training.step import abstract_batch, make_step, next_token_loss
 from cpmjax.training.timeline import Timeline
 
@@ -80,13 +80,13 @@ def train(config: Config, directory: RunDirectory) -> int:
     throughput = Throughput(config)
     optimizer = make_optimizer(config.model, config.optimizer)
     loss = next_token_loss(config.model, config.compute, config.training.z_loss)
-    step_function = make_step(config.model, loss, optimizer, config.training.accumulation)
+    step_function = make_step(config.model, loss, optimizer, config.training.accumulation, config.training.ema)
     _say(mup.describe(config.model, config.optimizer))
     _say(f"{count(config.model):,} parameters, {count(config.model, embeddings=False):,} of them not embeddings")
     _say(text.describe(origin.position, timeline.stage_ends()))
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        abstract = abstract_state(config.model, optimizer, mesh)
+        abstract = abstract_state(config.model, optimizer, mesh, averaged=config.training.ema is not None)
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
         jitted = jax.jit(step_function, donate_argnums=0, out_shardings=(shardings, None))
         compile_began = time.perf_counter()
@@ -116,12 +116,11 @@ def train(config: Config, directory: RunDirectory) -> int:
             """Lines first: a checkpoint that is there has all of them."""
             recorder.flush()
             log.sync()
+            position = {"sequences": timeline.position(step), "skipped": int(state.skipped)}
+            if state.average is not None:
+                position["averaged"] = int(state.average.updates)
             checkpoints.save(
-                step,
-                state.trainable,
-                state.optimizer,
-                position={"sequences": timeline.position(step), "skipped": int(state.skipped)},
-                metadata=timeline.facts(step),
+                step, state.trainable, state.optimizer, position, timeline.facts(step), averaged_parameters(state)
             )
 
         # ---- the loop --------------------------------------------------------------------------------------------
@@ -140,6 +139,8 @@ def train(config: Config, directory: RunDirectory) -> int:
                     jax.block_until_ready(metrics)
                     with throughput.paused():
                         found = evaluate(state.trainable)
+                        if (average := averaged_parameters(state)) is not None:
+                            found |= {f"average/{name}": value for name, value in evaluate(average).items()}
                     recorder.flush(found)
                     with throughput.paused():
                         log.write_samples(prompts(state.trainable, step))

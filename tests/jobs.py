@@ -175,6 +175,7 @@ def checkpoint_arrays(run: str | Path, step: int) -> dict[str, np.ndarray]:
     with contextlib.closing(Checkpoints(directory.checkpoints)) as store:
         items = {
             "parameters": store.parameters(step, abstract.trainable),
+            **({"average": store.parameters(step, item="average")} if store.has_average(step) else {}),
             "optimizer": serialization.to_state_dict(store.optimizer(step, abstract.optimizer)),
         }
     leaves = jax.tree_util.tree_leaves_with_path(items)

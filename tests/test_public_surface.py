@@ -51,7 +51,7 @@ def signature(function) -> dict[str, object]:
 
 
 def test_signatures():
-    assert signature(cpmjax.load) == {"path": inspect.Parameter.empty, "step": None, "compute": None}
+    assert signature(cpmjax.load) == {"path": inspect.Parameter.empty, "step": None, "compute": None, "average": False}
     assert signature(cpmjax.load_tokenizer) == {"path": inspect.Parameter.empty}
     empty = inspect.Parameter.empty
     made = {"model": empty, "tokenizer": None, "cache_dtype": "compute", "max_batch": None}

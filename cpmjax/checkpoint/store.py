@@ -1,8 +1,9 @@
 """Checkpoints of a run: orbax, asynchronous, complete or absent.
 
 `checkpoints/STEP/` holds one item each for `parameters`, `optimizer` (plain nested dicts of arrays) and `position`
-(JSON), and metadata: step, tokens, stage, learning rate. Orbax writes a step into a folder of another name and renames
-it when everything is on disk, so a kill leaves a step whole or not there.
+(JSON), in some runs also for `average` (a tree like that of parameters), and metadata: step, tokens, stage, learning
+rate. Orbax writes a step into a folder of another name and renames it when everything is on disk, so a kill leaves a
+step whole or not there.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -56,16 +57,24 @@ class Checkpoints:
         return str(self.directory / str(steps[-1])) if steps else "none"
 
     def save(
-        self, step: int, parameters: Tree, optimizer: Any, position: dict[str, int], metadata: dict[str, Any]
+        self,
+        step: int,
+        parameters: Tree,
+        optimizer: Any,
+        position: dict[str, int],
+        metadata: dict[str, Any],
+        average: Tree | None = None,
     ) -> None:
         """Begins to write a checkpoint and returns once the arrays are copied; a failed earlier save raises here."""
+        trees = {"parameters": parameters} | ({} if average is None else {"average": average})
         with _quiet(), self._readable_errors():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    parameters=ocp.args.StandardSave(
-                        parameters, save_args=jax.tree_util.tree_map_with_path(_by_layer, parameters)
-                    ),
+                    **{
+                        item: ocp.args.StandardSave(tree, save_args=jax.tree_util.tree_map_with_path(_by_layer, tree))
+                        for item, tree in trees.items()
+                    },
                     optimizer=ocp.args.StandardSave(serialization.to_state_dict(optimizer)),
                     position=ocp.args.JsonSave(position),
                 ),
@@ -102,13 +111,23 @@ class Checkpoints:
             raise UserError(f"{item}: {wrong} is {found.get(wrong)}; the model of the run has {wanted.get(wrong)}")
         return streaming.stored_weights(item, config, {path: np.dtype(leaf.dtype) for path, leaf in stored.items()})
 
-    def parameters(self, step: int, abstract: Tree | None = None) -> Tree:
-        """Parameters placed as the abstract tree says (any mesh), or on the default device."""
+    def parameters(
+        self, step: int, abstract: Tree | None = None, item: Literal["parameters", "average"] = "parameters"
+    ) -> Tree:
+        """Parameters, or their average, placed as the abstract tree says (any mesh), or on the default device.
+
+        Raises UserError if the checkpoint has no average.
+        """
+        if item == "average" and not self.has_average(step):
+            raise UserError(
+                f"{self._folder(step)} has no average: expected one of a run with training.ema, "
+                "or with optimizer.type=schedule_free"
+            )
         if abstract is None:
             device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            stored = self._item_metadata(step, "parameters")
+            stored = self._item_metadata(step, item)
             abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), stored)
-        return self._restore(step, "parameters", ocp.args.StandardRestore(abstract))
+        return self._restore(step, item, ocp.args.StandardRestore(abstract))
 
     def optimizer(self, step: int, abstract: Any) -> Any | None:
         """The optimizer's state with the structure and placement of `abstract`; None if none was saved."""
@@ -121,8 +140,12 @@ class Checkpoints:
     def has_optimizer(self, step: int) -> bool:
         return (self._folder(step) / "optimizer").is_dir()
 
+    def has_average(self, step: int) -> bool:
+        return (self._folder(step) / "average").is_dir()
+
     def position(self, step: int) -> dict[str, int] | None:
-        """{"sequences": rows consumed, "skipped": steps skipped}; None for a checkpoint that brought none along."""
+        """{"sequences": rows consumed, "skipped": steps skipped}, and "averaged", the updates in an average of
+        `training.ema`; None for a checkpoint that brought none along."""
         if not (self._folder(step) / "position").is_dir():
             return None
         return self._restore(step, "position", ocp.args.JsonRestore())

@@ -144,18 +144,25 @@ def open_tensors(path: Path) -> Tensors:
     return openers[recognise(path)](path)
 
 
-def load(path: str | Path, step: int | None = None, compute: ComputeConfig | None = None) -> MiniCPM:
+def load(
+    path: str | Path, step: int | None = None, compute: ComputeConfig | None = None, average: bool = False
+) -> MiniCPM:
     """The model of a run directory (its newest checkpoint, or that of `step`), a Hugging Face folder or a GGUF file.
 
     Parameters keep the type in which they are stored; what is quantised becomes float32. `compute` says how the model
-    is computed (precision, unrolling); by default as in training. Warns of a GGUF file without muP scales, which gets
-    those of the release. Raises UserError, naming the file and what was expected, for anything that is no whole model.
+    is computed (precision, unrolling); by default as in training. With `average` it is the average of a run's
+    parameters, where the run kept one (`training.ema`, schedule-free AdamW). Warns of a GGUF file without muP scales,
+    which gets those of the release. Raises UserError, naming the file and what was expected, for anything that is no
+    whole model.
     """
     path = Path(path).expanduser()
     kind = recognise(path)
     if kind == "run":
         config, checkpoints, step = _checkpoint(RunDirectory(path), step)
-        return MiniCPM(config.model, checkpoints.parameters(step), compute or config.compute)
+        parameters = checkpoints.parameters(step, item="average" if average else "parameters")
+        return MiniCPM(config.model, parameters, compute or config.compute)
+    if average:
+        raise UserError(f"{path}: holds no run; expected one to load the average of its parameters from")
     stored = open_stored(path, step)
     for note in stored.notes if kind == "gguf" else ():  # those of a config.json say what is usual
         warnings.warn(f"{path}: {note}", stacklevel=2)

@@ -22,5 +22,5 @@ def initialise(config: ModelConfig, key: jax.Array, given: Scales | None = None)
         leaf_key = jax.random.fold_in(key, zlib.crc32(path_name(path).encode()))
         return scale.mean + scale.std * jax.random.normal(leaf_key, spec.shape, jnp.float32)
 
-    chosen = given or scales(config, "coupled")  # the mode of the decay is nothing to an initial value
+    chosen = given or scales(config)  # the optimizer is nothing to an initial value
     return jax.tree_util.tree_map_with_path(leaf, specs(config), chosen.leaves)

@@ -4,18 +4,31 @@ A parametrisation is a frozen table; initial scale, learning rate, Adam's epsilo
 from it, so another parametrisation, or a planted fault, is another table. Sources: MiniCPM paper, Table 7, and the
 training code of the same family (thunlp/BlockFFN), which refines it: matrices get init_std / sqrt(m) and lr / m, while
 embedding, head and norms keep init_std and the full rate; logits are divided by m.
+
+What a rate has to be depends on the size that the optimizer gives its updates. A matrix between hidden layers learns
+alike at every width if the operator norm of its update is sqrt(fan out / fan in) at every width (Yang, Simon &
+Bernstein 2310.17813), and an update whose entries have one sign pattern with its input has a norm of m times an entry:
+`entry`     entries of size 1, as Adam's: lr / m (Yang et al. 2203.03466, Tables 3 and 8). So with Lion, whose entries
+            are signs (Yang & Littwin 2308.01814 prove it for any update that is a function of each entry's gradients),
+            and with schedule-free AdamW: its averages are the same combination of iterates at every width.
+`relative`  entries of the size of the parameter's, as Adafactor's: a matrix has entries of 1 / sqrt(m), so
+            lr / sqrt(m) is left (Everett et al. 2407.05872 derive it); embedding, head and norms keep the full rate.
+`spectral`  an operator norm of 1 in the right units, as Muon's: the full rate (2310.17813, section 5).
+All of them forget the size of the gradient; where a rule scales Adam's epsilon, theirs, if they have one, follows it.
+The depth rules were derived for Adam and are checked with it alone; a run with another optimizer is refused them.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
 
 from cpmjax.model.parameters import ParamSpec, Role, Tree, path_name, specs
-from cpmjax.run.config import ModelConfig, OptimizerConfig
+from cpmjax.run.config import ModelConfig
+from cpmjax.run.optimizers import AdamW, OptimizerConfig, UpdateSize
 from cpmjax.run.table import aligned
 
 
@@ -25,10 +38,15 @@ class Rule:
 
     init: float = 0.0  # initial std = init_std * m ** init
     rate: float = 0.0  # learning rate = rate of the schedule * m ** rate * n ** rate_depth
+    rate_relative: float = 0.0  # in place of `rate`, for updates in units of the parameter
+    rate_spectral: float = 0.0  # the same, for updates of one operator norm
     rate_depth: float = 0.0
     epsilon: float = 0.0  # Adam's epsilon = epsilon * m ** epsilon * n ** epsilon_depth
     epsilon_depth: float = 0.0
     constant: float | None = None  # if set, every entry starts as this instead of random
+
+    def width_power(self, size: UpdateSize) -> float:
+        return {"entry": self.rate, "relative": self.rate_relative, "spectral": self.rate_spectral}[size]
 
 
 @dataclass(frozen=True)
@@ -45,7 +63,7 @@ class Parametrisation:
         return getattr(self, role)
 
 
-_ONES, _MATRIX = Rule(constant=1.0), Rule(init=-0.5, rate=-1.0)
+_ONES, _MATRIX = Rule(constant=1.0), Rule(init=-0.5, rate=-1.0, rate_relative=-0.5)
 
 PARAMETRISATIONS = {
     "minicpm": Parametrisation(embedding=Rule(), head=Rule(), matrix=_MATRIX, norm=_ONES, logits=-1.0),
@@ -61,14 +79,14 @@ PARAMETRISATIONS = {
     "depth_mup": Parametrisation(
         embedding=Rule(),
         head=Rule(),
-        matrix=Rule(init=-0.5, rate=-1.0, rate_depth=-0.5, epsilon=-1.0, epsilon_depth=-0.5),
+        matrix=replace(_MATRIX, rate_depth=-0.5, epsilon=-1.0, epsilon_depth=-0.5),
         norm=Rule(constant=1.0, rate_depth=-0.5),
         logits=-1.0,
     ),
     "completep": Parametrisation(
         embedding=Rule(),
         head=Rule(),
-        matrix=Rule(init=-0.5, rate=-1.0, epsilon=-1.0, epsilon_depth=-1.0),
+        matrix=replace(_MATRIX, epsilon=-1.0, epsilon_depth=-1.0),
         norm=_ONES,
         logits=-1.0,
         residual=-0.5,
@@ -82,8 +100,8 @@ Number = float | jax.Array
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LeafScales:
-    """What one parameter gets. One update is p -= rate * learning_rate * adam + decay * weight_decay * p, with both
-    rates from `per_step`, and Adam's epsilon multiplied by `epsilon`."""
+    """What one parameter gets. One step is p -= rate * learning_rate * update + decay * weight_decay * p, with
+    both rates from `per_step`, and the optimizer's epsilon multiplied by `epsilon`."""
 
     mean: Number  # of the initial entries
     std: Number
@@ -121,10 +139,11 @@ def multipliers(config: ModelConfig, table: Parametrisation | None = None) -> Mu
     return Multipliers(config.scale_emb, residual, config.width_multiplier**table.logits)
 
 
-def scales(config: ModelConfig, decay_mode: str, table: Parametrisation | None = None) -> Scales:
+def scales(config: ModelConfig, optimizer: OptimizerConfig = AdamW(), table: Parametrisation | None = None) -> Scales:
     """The numbers of a table (by default that of `config.parametrisation`) for a model of this size.
 
-    `decay_mode` says how the decay of a tensor class depends on its learning rate (Wang & Aitchison 2405.13698):
+    `optimizer.weight_decay_mode` says how the decay of a tensor class depends on its learning rate (Wang & Aitchison
+    2405.13698):
     `coupled`      decay = (learning rate of the class) * weight_decay, MiniCPM's: matrices decay 1/m as fast;
     `scaled`       decay = (learning rate of the schedule) * weight_decay, the same for every class and width;
     `independent`  decay = (share of the peak rate) * weight_decay, whatever the peak: weight_decay is then the
@@ -136,12 +155,12 @@ def scales(config: ModelConfig, decay_mode: str, table: Parametrisation | None =
     def leaf(spec: ParamSpec) -> LeafScales:
         rule = chosen.rule(spec.role)
         n = config.depth_multiplier if "layers" in spec.axes else 1.0
-        rate = m**rule.rate * n**rule.rate_depth
+        rate = optimizer.rate(spec.role) * m ** rule.width_power(optimizer.update_size(spec.role)) * n**rule.rate_depth
         return LeafScales(
             mean=0.0 if rule.constant is None else rule.constant,
             std=config.init_std * m**rule.init if rule.constant is None else 0.0,
             rate=rate,
-            decay=rate if decay_mode == "coupled" else 1.0,
+            decay=rate if optimizer.weight_decay_mode == "coupled" else 1.0,
             epsilon=m**rule.epsilon * n**rule.epsilon_depth,
         )
 
@@ -158,14 +177,16 @@ def per_step(optimizer: OptimizerConfig, factor: float) -> tuple[float, float]:
 def describe(config: ModelConfig, optimizer: OptimizerConfig) -> str:
     """The table that a run prints: what each tensor class gets, with numbers, at the peak of the schedule."""
     rate, decay = per_step(optimizer, 1.0)
-    numbers = scales(config, optimizer.weight_decay_mode)
+    numbers = scales(config, optimizer)
+    epsilon = getattr(optimizer, "epsilon", None)  # some optimizers have none
     rows = [("tensor", "shape", "role", "init std", "lr multiplier", "peak lr", "decay a step", "epsilon")]
 
     def row(path: tuple, spec: ParamSpec, leaf: LeafScales) -> None:
         start = f"{leaf.std:.5g}" if leaf.std else f"all {leaf.mean:g}"
         shape = " x ".join(map(str, spec.shape))
-        of_adam = (f"{leaf.rate * rate:.4g}", f"{leaf.decay * decay:.3g}", f"{leaf.epsilon * optimizer.epsilon:.3g}")
-        rows.append((path_name(path), shape, spec.role, start, f"{leaf.rate:.5g}", *of_adam))
+        a_step = (f"{leaf.rate * rate:.4g}", f"{leaf.decay * decay:.3g}")
+        own_epsilon = "" if epsilon is None else f"{leaf.epsilon * epsilon:.3g}"
+        rows.append((path_name(path), shape, spec.role, start, f"{leaf.rate:.5g}", *a_step, own_epsilon))
 
     jax.tree_util.tree_map_with_path(row, specs(config), numbers.leaves)
     forward = numbers.multipliers
@@ -173,6 +194,7 @@ def describe(config: ModelConfig, optimizer: OptimizerConfig) -> str:
         f"parametrisation {config.parametrisation}: m = {config.width} / {config.dim_model_base} = "
         f"{config.width_multiplier:g}, n = {config.layers} / {config.layers_base} = {config.depth_multiplier:g}; "
         f"embeddings x {forward.embedding:g}, branches x {forward.residual:.4g}, "
-        f"hidden state before the head x {forward.logits:.4g}; weight decay {optimizer.weight_decay_mode}"
+        f"hidden state before the head x {forward.logits:.4g}; {OptimizerConfig.get_choice_name(type(optimizer))}, "
+        f"weight decay {optimizer.weight_decay_mode}"
     )
     return f"{heading}\n{aligned(rows)}"

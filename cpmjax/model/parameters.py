@@ -6,6 +6,7 @@ other formats derive from this table. Matrices are stored [input, output]; those
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -59,6 +60,15 @@ def specs(config: ModelConfig) -> Tree:
 def path_name(path: tuple[Any, ...]) -> str:
     """A pytree path as "layers/query"."""
     return "/".join(str(key.key) for key in path)
+
+
+def owner(path: tuple[Any, ...]) -> str:
+    """Of a leaf in a tree that holds trees of parameters, like the state of an optimizer: "layers/query"; "" if none.
+
+    Parameters are nested dicts, and what holds them is none.
+    """
+    keys = itertools.takewhile(lambda key: isinstance(key, jax.tree_util.DictKey), reversed(path))
+    return path_name(tuple(reversed([*keys])))
 
 
 def flat(tree: Tree) -> dict[str, Any]:

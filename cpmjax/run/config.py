@@ -7,9 +7,11 @@ steps unless said otherwise; a row is one packed sequence of `data.sequence_leng
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import hashlib
 import json
 import math
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,6 +19,7 @@ from typing import Any, Literal
 import draccus
 
 from cpmjax.run.errors import UserError
+from cpmjax.run.optimizers import Adafactor, AdamW, Lion, Muon, OptimizerConfig, ScheduleFree
 from cpmjax.run.schedule import WSD, Schedule
 from cpmjax.run.sources import CorpusConfig
 
@@ -48,6 +51,9 @@ class BranchConfig:
             yield "rewarmup", "0 or more"
 
 
+Parametrisation = Literal["minicpm", "minicpm_table7", "standard", "depth_mup", "completep"]
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """What a MiniCPM is (config.json of the release). Defaults of the three muP scalars are the released ones."""
@@ -71,7 +77,7 @@ class ModelConfig:
     dim_model_base: int = 256  # muP base width: m = width / dim_model_base
     layers_base: int = 8  # base depth of the depth rules: n = layers / layers_base; MiniCPM's constants were found at 8
     init_std: float = 0.1  # initial scale at the base width
-    parametrisation: Literal["minicpm", "minicpm_table7", "standard", "depth_mup", "completep"] = "minicpm"
+    parametrisation: Parametrisation = "minicpm"
 
     @property
     def kv(self) -> int:
@@ -177,37 +183,12 @@ class DataConfig:
             yield "held_out", "a share from 0 to below 1"
 
 
-WeightDecayMode = Literal["coupled", "independent", "scaled"]
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW; MiniCPM's values ([D] of the reference: betas 0.9 and 0.95, decay 0.1, clip 1.0; paper A.1: rate 0.01)."""
-
-    learning_rate: float = 0.01  # the peak, at the base width; each tensor class gets its muP multiple of it
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
-    weight_decay: float = 0.1
-    weight_decay_mode: WeightDecayMode = "coupled"  # see cpmjax.model.mup
-    clip: float = 1.0  # global norm of the gradient
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        for key in ("beta1", "beta2"):
-            if not 0 <= getattr(self, key) < 1:
-                yield key, "a number from 0 to below 1"
-        for key in ("learning_rate", "epsilon", "clip"):
-            if not getattr(self, key) > 0:
-                yield key, "a positive number"
-        if self.weight_decay < 0:
-            yield "weight_decay", "0 or more"
-
-
 @dataclass(frozen=True)
 class TrainingConfig:
     batch_size: int = 16  # rows a step, over all devices
     accumulation: int = 1  # micro-batches a step; the gradient is that of the whole batch
     z_loss: float = 0.0  # weight of logsumexp(logits)^2 in the trained loss; the reported loss is without it
+    ema: float | None = None  # what each update leaves of the average of parameters; null: no average is kept
     skip_nonfinite: int = 0  # how many steps with a NaN or infinite loss may be skipped before the run stops
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -215,6 +196,8 @@ class TrainingConfig:
             yield "batch_size", "a positive whole number"
         elif self.accumulation < 1 or self.batch_size % self.accumulation:
             yield "accumulation", f"a divisor of training.batch_size = {self.batch_size}"
+        if self.ema is not None and not 0 < self.ema < 1:
+            yield "ema", "a share between 0 and 1, or null"
         if self.z_loss < 0:
             yield "z_loss", "0 or more"
         if self.skip_nonfinite < 0:
@@ -292,7 +275,7 @@ class Config:
     compute: ComputeConfig = ComputeConfig()
     data: DataConfig = DataConfig()
     schedule: Schedule = field(default_factory=WSD)
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = AdamW()
     training: TrainingConfig = TrainingConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -303,23 +286,40 @@ class Config:
     def tokens_per_step(self) -> int:
         return self.training.batch_size * self.data.sequence_length
 
+    def problems(self) -> Iterator[tuple[str, str]]:
+        allowed, kind = _CHECKED[type(self.optimizer)], OptimizerConfig.get_choice_name(type(self.optimizer))
+        if self.training.ema is not None and isinstance(self.optimizer, ScheduleFree):
+            yield "training.ema", "null with optimizer.type=schedule_free, which has an average of its own"
+        if self.model.parametrisation not in allowed:
+            yield "model.parametrisation", f"one of {', '.join(allowed)} with optimizer.type={kind}"
+
+
+# What has passed the coordinate check with each optimizer (`python -m cpmjax.study coordinate-check`; a test repeats
+# it), `standard`, which claims nothing, and, for the optimizer that it is about, Table 7 as printed, to compare with.
+_CHECKED: dict[type[OptimizerConfig], tuple[str, ...]] = {
+    AdamW: typing.get_args(Parametrisation),
+    Lion: ("minicpm", "standard"),
+    Adafactor: ("minicpm", "standard"),
+    Muon: ("minicpm", "standard"),
+    ScheduleFree: ("minicpm", "standard"),
+}
+
 
 def validate(config: Config) -> None:
     """Raises UserError for the first impossible value: its key, the value, and what is allowed."""
-    for section in dataclasses.fields(config):
-        _validate_section(section.name, getattr(config, section.name))
+    _validate_section("", config)
 
 
-def _validate_section(path: str, section: Any) -> None:
+def _validate_section(prefix: str, section: Any) -> None:
     for item in dataclasses.fields(section):
         value = getattr(section, item.name)
         if dataclasses.is_dataclass(value):
-            _validate_section(f"{path}.{item.name}", value)
+            _validate_section(f"{prefix}{item.name}.", value)
     for key, allowed in section.problems() if hasattr(section, "problems") else ():
         value = section
         for part in key.split("."):
             value = value[part] if isinstance(value, dict) else getattr(value, part)
-        raise UserError(f"{path}.{key} = {value!r}: expected {allowed}")
+        raise UserError(f"{prefix}{key} = {value!r}: expected {allowed}")
 
 
 def encode(config: Any) -> dict[str, Any]:
@@ -340,6 +340,14 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 # Keys that say where a run lives or what a resume may change; they are no part of what the run is.
 _NOT_PART_OF_A_RUN = ("run.directory", "run.cache", "run.accept_changes")
+# Keys that are younger than some runs, with their defaults: there they are no part of the fingerprint, so that an older
+# run keeps its own. A star is any name.
+_YOUNGER = {
+    "data.corpora.*.on_end": "repeat",
+    "optimizer.type": "adamw",
+    "optimizer.state_dtype": "float32",
+    "training.ema": None,
+}
 
 
 def comparable(tree: dict[str, Any]) -> dict[str, Any]:
@@ -349,7 +357,12 @@ def comparable(tree: dict[str, Any]) -> dict[str, Any]:
 
 def fingerprint(config: Config) -> str:
     """12 hexadecimal digits; equal for equal experiments, wherever they run."""
-    text = json.dumps(comparable(encode(config)), sort_keys=True)
+
+    def as_before(key: str, value: Any) -> bool:
+        return any(fnmatch.fnmatchcase(key, younger) and value == default for younger, default in _YOUNGER.items())
+
+    keys = {key: value for key, value in comparable(encode(config)).items() if not as_before(key, value)}
+    text = json.dumps(keys, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

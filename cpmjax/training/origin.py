@@ -14,6 +14,7 @@ from cpmjax.run import cli
 from cpmjax.run.config import Config, differences, encode, fingerprint
 from cpmjax.run.directory import RunDirectory
 from cpmjax.run.errors import UserError
+from cpmjax.training.average import Average, new_average
 from cpmjax.training.state import TrainState, create_state
 
 _REWARMUP = 100  # steps, for a branch whose parent brought no moments
@@ -67,7 +68,8 @@ def new_origin(config: Config) -> Origin:
         stable = ", ".join(str(each) for each, stage in stages.items() if stage in ("stable", "imported")) or "none"
         found = f"is in the stage {stages[step]}" if step in stages else "has no checkpoint"
         raise UserError(f"branch.step = {step} of {parent.path} {found}; expected a stable checkpoint: {stable}")
-    moments = store.has_optimizer(step)
+    # Moments of one optimizer are nothing to another.
+    moments = store.has_optimizer(step) and type(theirs.optimizer) is type(config.optimizer)
     rewarmup = config.branch.rewarmup
     if rewarmup is None:
         rewarmup = 0 if moments else _REWARMUP
@@ -90,18 +92,29 @@ def starting_state(
     optimizer: optax.GradientTransformation,
     abstract: TrainState,
 ) -> tuple[int, TrainState]:
-    """(step, state) to go on from: the run's newest checkpoint, else its parent's, else new ones."""
+    """(step, state) to go on from: the run's newest checkpoint, else its parent's, else new ones.
+
+    The average is restored as well, a branch goes on with its parent's; where there was none it begins here.
+    """
+    restored = True
     if checkpoints.steps():
         source, step = checkpoints, checkpoints.steps()[-1]
     elif origin.parent is not None:
         source, step = Checkpoints(origin.parent.checkpoints), origin.step
+        restored = origin.provenance["parent"]["moments"] == "restored"
     else:
         return 0, create_state(config.model, optimizer, abstract, config.run.seed)
     parameters = source.parameters(step, abstract.trainable)
-    moments = source.optimizer(step, abstract.optimizer)
+    moments = source.optimizer(step, abstract.optimizer) if restored else None
     if moments is None:
         shardings = jax.tree.map(lambda x: x.sharding, abstract.optimizer)
         moments = jax.jit(optimizer.init, out_shardings=shardings)(parameters)
     position = source.position(step) or {}
     skipped = np.int32(position.get("skipped", 0))
-    return step, TrainState(parameters, moments, jax.device_put(skipped, abstract.skipped.sharding))
+    state = TrainState(parameters, moments, jax.device_put(skipped, abstract.skipped.sharding))
+    if abstract.average is not None:
+        wanted, average = abstract.average, new_average(parameters)
+        if "averaged" in position:
+            average = Average(source.parameters(step, wanted.parameters, "average"), np.int32(position["averaged"]))
+        state.average = jax.device_put(average, jax.tree.map(lambda x: x.sharding, wanted))
+    return step, state

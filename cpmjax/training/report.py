@@ -24,6 +24,8 @@ def last_screen(directory: RunDirectory, timeline: Timeline, saved: list[int]) -
         lines.append(
             f"held-out loss {end['heldout_loss']:.4f} nats per token, {end['heldout_bits_per_byte']:.4f} bits per byte"
         )
+        if "average/heldout_loss" in end:
+            lines[-1] += f"; {end['average/heldout_loss']:.4f} with averaged parameters"
         before_decay = [record for record in evaluations if record["stage"] == "stable"]
         if before_decay and end["stage"] == "decay":
             lines[-1] += (

@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from optax import contrib
 
 from cpmjax.model.initialise import initialise
 from cpmjax.model.mup import Scales
-from cpmjax.model.parameters import Tree, path_name, specs
+from cpmjax.model.parameters import Tree, flat, owner, path_name, specs
 from cpmjax.parallel.sharding import named_sharding
 from cpmjax.run.config import ModelConfig
+from cpmjax.training.average import Average, new_average
 
 
 @jax.tree_util.register_dataclass
@@ -23,6 +25,7 @@ class TrainState:
     trainable: Tree
     optimizer: optax.OptState
     skipped: jax.Array  # int32: steps left out because their loss was not finite
+    average: Average | None = None  # of the parameters, where the run keeps one
 
 
 def parameter_shardings(config: ModelConfig, mesh: Mesh) -> Tree:
@@ -32,23 +35,21 @@ def parameter_shardings(config: ModelConfig, mesh: Mesh) -> Tree:
     return jax.tree_util.tree_map_with_path(leaf, specs(config))
 
 
-def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state as `jax.ShapeDtypeStruct`s with their shardings; moments live where their parameters do."""
-    shapes = jax.eval_shape(lambda: initial_state(config, optimizer, jax.random.key(0)))
-    trainable = parameter_shardings(config, mesh)
+def abstract_state(
+    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, averaged: bool = False
+) -> TrainState:
+    """The state as `jax.ShapeDtypeStruct`s with their shardings: what has the shape of its parameter lives where the
+    parameter does, and every device has the rest, which is small (counts, means over rows or columns)."""
+    declared, shardings = flat(specs(config)), flat(parameter_shardings(config, mesh))
     replicated = NamedSharding(mesh, PartitionSpec())
-    shardings: Any = TrainState(
-        trainable=trainable,
-        optimizer=optax.tree_utils.tree_map_params(
-            optimizer,
-            lambda _, sharding: sharding,
-            shapes.optimizer,
-            trainable,
-            transform_non_params=lambda _: replicated,
-        ),
-        skipped=replicated,  # type: ignore[arg-type]  # the same tree, of shardings
-    )
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+    def place(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
+        name = owner(path)
+        whole = name in declared and leaf.shape == declared[name].shape
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name] if whole else replicated)
+
+    shapes = jax.eval_shape(lambda: initial_state(config, optimizer, jax.random.key(0), averaged=averaged))
+    return jax.tree_util.tree_map_with_path(place, shapes)
 
 
 def create_state(
@@ -56,13 +57,33 @@ def create_state(
 ) -> TrainState:
     """Parameters drawn from the seed and fresh moments; each device makes its own part."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    make: Any = jax.jit(lambda key: initial_state(config, optimizer, key), out_shardings=shardings)
+    averaged = abstract.average is not None
+    make: Any = jax.jit(lambda key: initial_state(config, optimizer, key, averaged=averaged), out_shardings=shardings)
     return make(jax.random.key(seed))
 
 
 def initial_state(
-    config: ModelConfig, optimizer: optax.GradientTransformation, key: jax.Array, given: Scales | None = None
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    given: Scales | None = None,
+    averaged: bool = False,
 ) -> TrainState:
     """Pure; `given` replaces the scales of the model's own parametrisation."""
     trainable = initialise(config, key, given)
-    return TrainState(trainable, optimizer.init(trainable), jnp.zeros((), jnp.int32))
+    average = new_average(trainable) if averaged else None
+    return TrainState(trainable, optimizer.init(trainable), jnp.zeros((), jnp.int32), average)
+
+
+def averaged_parameters(state: TrainState) -> Tree | None:
+    """What the average of a run is, placed as its parameters are; None if it has none.
+
+    It is that of `training.ema`, or the x of schedule-free AdamW, found from y, which is trained, and z.
+    """
+    if state.average is not None:
+        return state.average.parameters
+    for part in state.optimizer:
+        if isinstance(part, contrib.ScheduleFreeState):
+            shardings = jax.tree.map(lambda x: x.sharding, state.trainable)
+            return jax.jit(contrib.schedule_free_eval_params, out_shardings=shardings)(part, state.trainable)
+    return None

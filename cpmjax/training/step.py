@@ -6,6 +6,7 @@ A batch is a dict of [B, L] arrays: tokens, targets, positions, segments (int32)
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from cpmjax.model.mup import Multipliers
 from cpmjax.model.parameters import Tree
 from cpmjax.model.transformer import MiniCPM
 from cpmjax.run.config import ComputeConfig, Config, ModelConfig
+from cpmjax.training.average import moved
 from cpmjax.training.metrics import norms_by_role
 from cpmjax.training.state import TrainState
 
@@ -74,11 +76,13 @@ def make_step(
     loss_function: LossFunction,
     optimizer: optax.GradientTransformationExtraArgs,
     accumulation: int,
+    ema: float | None = None,
 ) -> Callable[[TrainState, Batch, Rates], tuple[TrainState, dict[str, jax.Array]]]:
     """A step -> (new state, metrics as float32 scalars).
 
     The gradient is that of the mean over all weighted tokens of the batch, also when it is accumulated over
-    micro-batches. A step whose loss, gradient or update is not finite changes nothing but the count `skipped`.
+    micro-batches. `ema` is that of the state's average, if it has one. A step whose loss, gradient or update is not
+    finite changes nothing but the count `skipped`.
     """
     gradient = jax.value_and_grad(loss_function, has_aux=True)
 
@@ -112,8 +116,10 @@ def make_step(
             weight_decay=rates.weight_decay,
         )
         finite = jnp.isfinite(means["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.global_norm(updates))
-        new = TrainState(optax.apply_updates(state.trainable, updates), moments, state.skipped)
-        unchanged = TrainState(state.trainable, state.optimizer, state.skipped + 1)
+        trainable = optax.apply_updates(state.trainable, updates)
+        average = moved(state.average, trainable, ema) if ema is not None and state.average is not None else None
+        new = TrainState(trainable, moments, state.skipped, average)
+        unchanged = replace(state, skipped=state.skipped + 1)
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, unchanged)
         metrics = means | {"grad_norm": grad_norm, "skipped": new.skipped.astype(jnp.float32)}
         metrics |= norms_by_role("grad_norm", config, grads) | norms_by_role("update_norm", config, updates)

@@ -24,7 +24,8 @@ from cpmjax.model.parameters import Tree
 from cpmjax.parallel.compiled import keep_compiled
 from cpmjax.parallel.mesh import make_mesh
 from cpmjax.parallel.sharding import named_sharding
-from cpmjax.run.config import Config, ModelConfig, OptimizerConfig, RunConfig, encode, fingerprint
+from cpmjax.run.config import Config, ModelConfig, RunConfig, encode, fingerprint
+from cpmjax.run.optimizers import OptimizerConfig
 from cpmjax.run.schedule import Constant
 from cpmjax.run.table import Row
 from cpmjax.training.evaluation import HeldOut
@@ -69,7 +70,7 @@ class Program:
         def begin(key: jax.Array, scales: mup.Scales) -> TrainState:
             return initial_state(model, optimizer, key, scales)
 
-        scales, rates = as_arrays(mup.scales(model, "coupled")), Rates(np.float32(0), np.float32(0))
+        scales, rates = as_arrays(mup.scales(model, config.optimizer)), Rates(np.float32(0), np.float32(0))
         self.function = step
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
         self.step = jitted.lower(abstract, abstract_batch(config, self.by_row), rates, scales).compile()
@@ -125,7 +126,7 @@ class Workbench:
         """
         config, steps = trial.config, frozenset(steps)
         program, timeline, text = self.program(config), Timeline(config, Origin({})), self.text(config)
-        scales = as_arrays(mup.scales(config.model, config.optimizer.weight_decay_mode, trial.table))
+        scales = as_arrays(mup.scales(config.model, config.optimizer, trial.table))
         state = program.begin(jax.random.key(config.run.seed), scales)
         rows: list[Row] = []
         if 0 in steps:

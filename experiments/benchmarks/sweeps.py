@@ -84,7 +84,7 @@ def measure_mapping(experiment: Path, rounds: int, seeds: int) -> Iterator[dict[
             model = Axis("width", (width,)).model(config.model, width, "minicpm")
             trial = replace(config, model=model)
             program = workbench.program(trial)
-            scales = as_arrays(mup.scales(model, "coupled"))
+            scales = as_arrays(mup.scales(model))
             batch = workbench.text(trial).batches(0, config.training.batch_size)
             rates = Rates(np.float32(0.01), np.float32(1e-3))
             mapped = jax.jit(jax.vmap(program.function, in_axes=(0, None, None, None)), donate_argnums=0)

@@ -13,7 +13,8 @@ from cpmjax.model import mup
 from cpmjax.model.initialise import initialise
 from cpmjax.model.parameters import flat, path_name, specs
 from cpmjax.model.presets import PRESETS
-from cpmjax.run.config import ComputeConfig, ModelConfig, OptimizerConfig
+from cpmjax.run.config import ComputeConfig, ModelConfig
+from cpmjax.run.optimizers import AdamW
 from cpmjax.training.optimizer import make_optimizer
 from cpmjax.training.state import TrainState
 from cpmjax.training.step import Rates, make_step, next_token_loss
@@ -26,7 +27,7 @@ SMALL = ModelConfig(vocabulary=50, width=16, layers=2, heads=2, feed_forward=40,
 def leaves(config, mode="coupled"):
     """{parameter: its scales}"""
     found = {}
-    tree = mup.scales(config, mode).leaves
+    tree = mup.scales(config, AdamW(weight_decay_mode=mode)).leaves
     jax.tree_util.tree_map_with_path(lambda path, _, leaf: found.update({path_name(path): leaf}), specs(config), tree)
     return found
 
@@ -85,17 +86,17 @@ def test_the_depth_rules_follow_their_exponent(name, a):
 def test_weight_decay_modes():
     """Decay a step at rate 0.01 and weight decay 0.1: coupled follows the class's rate, the others do not."""
     coupled, scaled = leaves(TWO_B, "coupled"), leaves(TWO_B, "scaled")
-    assert mup.per_step(OptimizerConfig(), 1.0) == (0.01, pytest.approx(1e-3))
+    assert mup.per_step(AdamW(), 1.0) == (0.01, pytest.approx(1e-3))
     assert coupled["layers/up"].decay == pytest.approx(1 / 9) and coupled["embedding"].decay == 1.0
     assert scaled["layers/up"].decay == scaled["embedding"].decay == 1.0
-    independent = OptimizerConfig(weight_decay_mode="independent", weight_decay=2e-4)
+    independent = AdamW(weight_decay_mode="independent", weight_decay=2e-4)
     assert mup.per_step(independent, 0.5) == (pytest.approx(0.005), pytest.approx(1e-4))
     other_peak = replace(independent, learning_rate=0.08)
     assert mup.per_step(other_peak, 0.5)[1] == mup.per_step(independent, 0.5)[1]
 
 
 def one_step(config):
-    optimizer = make_optimizer(config, OptimizerConfig())
+    optimizer = make_optimizer(config, AdamW())
     parameters = initialise(config, jax.random.key(3))
     state = TrainState(parameters, optimizer.init(parameters), jnp.zeros((), jnp.int32))
     tokens = jax.random.randint(jax.random.key(4), (2, 9), 0, config.vocabulary)
@@ -148,7 +149,7 @@ def test_initial_scale_and_independence_of_leaves():
 
 
 def test_description_states_the_numbers():
-    text = mup.describe(TWO_B, OptimizerConfig())
+    text = mup.describe(TWO_B, AdamW())
     gate = next(line for line in text.splitlines() if line.startswith("layers/gate"))
     assert gate.split("  ")[0] == "layers/gate"
     for number in ("0.033333", "0.11111", "0.001111", "0.000111"):

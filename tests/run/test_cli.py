@@ -116,6 +116,13 @@ def test_cycles_and_lists() -> None:
         ("--schedule.half_period=3", ["schedule.half_period", "one of type, unit, warmup"]),
         ("--schedule.type=wds", ["schedule.type", "wsd, wsd_s, cosine", "nearest: wsd"]),
         ("--schedule.type=7", ["schedule.type = 7", "wsd_s"]),
+        ("--optimizer.type=lyon", ["optimizer.type = 'lyon'", "adamw, lion", "nearest: lion"]),
+        ("--optimizer={type: lion, epsilon: 1}", ["optimizer.epsilon", "one of type, learning_rate"]),
+        ("--optimizer={type: muon, momentum: 1}", ["optimizer.momentum = 1.0", "from 0 to below 1"]),
+        ("--optimizer={type: adafactor, update_clip: 0}", ["optimizer.update_clip = 0.0", "a positive number"]),
+        ("--optimizer={type: schedule_free, beta1: 0}", ["optimizer.beta1 = 0.0", "more than 0"]),
+        ("--training.ema=1", ["training.ema = 1.0", "between 0 and 1, or null"]),
+        ("--optimizer.state_dtype=float16", ["optimizer.state_dtype", "float32, bfloat16"]),
         ("--data.corpora.more={path: x}", ["data.corpora.more.type = null", "jsonl"]),
         ("--compute.remat=blok", ["compute.remat = 'blok'", "none, block, dots", "nearest: block"]),
         ("--compute.remat=true", ["compute.remat = true", "none, block, dots"]),
@@ -158,6 +165,16 @@ def test_one_line_names_key_and_what_is_allowed(argument: str, parts: list[str])
     message = refused(*DATA, argument)
     for part in parts:
         assert part in message
+
+
+def test_an_optimizer_with_a_parametrisation_that_is_not_muP_for_it_is_refused() -> None:
+    arguments = (*DATA, "--model.parametrisation=minicpm_table7")
+    assert load(*arguments).model.parametrisation == "minicpm_table7"
+    assert refused(*arguments, "--optimizer.type=lion") == (
+        "model.parametrisation = 'minicpm_table7': expected one of minicpm, standard with optimizer.type=lion"
+    )
+    own = refused(*DATA, "--training.ema=0.9", "--optimizer.type=schedule_free")
+    assert own.startswith("training.ema = 0.9: expected null with optimizer.type=schedule_free")
 
 
 def test_a_flag_is_no_value() -> None:

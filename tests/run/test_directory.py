@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 
 from cpmjax.run import directory as module
 from cpmjax.run.cli import decode
-from cpmjax.run.config import CheckpointConfig, Config, DataConfig, RunConfig, TrainingConfig
+from cpmjax.run.config import CheckpointConfig, Config, DataConfig, RunConfig, TrainingConfig, fingerprint
 from cpmjax.run.directory import Lines, RunDirectory, json_line, write_atomically
 from cpmjax.run.errors import UserError
+from cpmjax.run.optimizers import Lion
 from cpmjax.run.schedule import WSD, Cosine
 from cpmjax.run.sources import TextFolder
 
@@ -327,6 +328,17 @@ def test_a_key_that_is_younger_than_the_run_has_its_default_there(run: RunDirect
     assert run.check_resume(CONFIG) == {}
     with pytest.raises(UserError, match=r"model\.layers_base: 8 -> 2"):
         run.check_resume(change(model=dataclasses.replace(CONFIG.model, layers_base=2)))
+
+
+def test_a_run_from_before_some_keys_goes_on_as_it_was(run: RunDirectory) -> None:
+    text = run.config_file.read_text()
+    older = text.replace("  type: adamw\n", "").replace("  state_dtype: float32\n", "")
+    older = older.replace("  ema: null\n", "").replace("      on_end: repeat\n", "")
+    assert text.count("\n") == older.count("\n") + 4
+    run.config_file.write_text(older)
+    assert run.check_resume(CONFIG) == {}
+    assert fingerprint(CONFIG) == "b6804a9356c9"  # as it was then
+    assert fingerprint(change(optimizer=Lion())) != fingerprint(CONFIG)
 
 
 def test_another_kind_of_schedule(run: RunDirectory) -> None:

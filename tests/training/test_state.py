@@ -15,23 +15,24 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, NamedSharding
 
-from cpmjax.model.parameters import flat, specs
+from cpmjax.model.parameters import flat, owner, specs
 from cpmjax.parallel.mesh import AXES, make_mesh
 from cpmjax.parallel.sharding import partition
-from cpmjax.run.config import ComputeConfig, MeshConfig, ModelConfig, OptimizerConfig
+from cpmjax.run.config import ComputeConfig, MeshConfig, ModelConfig
 from cpmjax.run.errors import UserError
+from cpmjax.run.optimizers import Adafactor, AdamW, Lion, Muon, ScheduleFree
 from cpmjax.training.optimizer import make_optimizer
 from cpmjax.training.state import TrainState, abstract_state, create_state, parameter_shardings
 from cpmjax.training.step import Rates, make_step, next_token_loss
 
 MODEL = ModelConfig(vocabulary=304, width=32, layers=2, heads=4, feed_forward=64, dim_model_base=16)
 ROWS, LENGTH, STEPS = 8, 16, 5
-OPTIMIZER = make_optimizer(MODEL, OptimizerConfig())
+OPTIMIZER = make_optimizer(MODEL, AdamW())
 
 
-def new_state(mesh) -> TrainState:
+def new_state(mesh, optimizer=OPTIMIZER) -> TrainState:
     with jax.set_mesh(mesh):
-        return create_state(MODEL, OPTIMIZER, abstract_state(MODEL, OPTIMIZER, mesh), seed=7)
+        return create_state(MODEL, optimizer, abstract_state(MODEL, optimizer, mesh), seed=7)
 
 
 def batch(step: int) -> dict[str, np.ndarray]:
@@ -48,14 +49,14 @@ def batch(step: int) -> dict[str, np.ndarray]:
     }
 
 
-def losses(mesh, accumulation: int = 1) -> tuple[list[float], dict[str, np.ndarray]]:
+def losses(mesh, accumulation: int = 1, optimizer=OPTIMIZER) -> tuple[list[float], dict[str, np.ndarray]]:
     """Loss of each of the steps, and the parameters after them."""
-    state, loss = new_state(mesh), next_token_loss(MODEL, ComputeConfig(), z_loss=0.0)
+    state, loss = new_state(mesh, optimizer), next_token_loss(MODEL, ComputeConfig(), z_loss=0.0)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     by_row = NamedSharding(mesh, partition(("rows", "length")))
     found = []
     with jax.set_mesh(mesh):
-        step = jax.jit(make_step(MODEL, loss, OPTIMIZER, accumulation), out_shardings=(shardings, None))
+        step = jax.jit(make_step(MODEL, loss, optimizer, accumulation), out_shardings=(shardings, None))
         for number in range(STEPS):
             placed = {name: jax.device_put(values, by_row) for name, values in batch(number).items()}
             state, metrics = step(state, placed, Rates(np.float32(0.01), np.float32(0.001)))
@@ -101,15 +102,34 @@ def check_eight_devices() -> None:
             np.testing.assert_allclose(values, expected_end[name], rtol=0, atol=1e-4, err_msg=name)
 
 
+def check_every_optimizer_on_eight_devices() -> None:
+    """Runs in a process with eight simulated devices: whatever has the shape of a parameter is split as it is."""
+    for kind in (Lion, Adafactor, Muon, ScheduleFree):
+        optimizer = make_optimizer(MODEL, kind())
+        mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+        split = 0
+        for path, leaf in jax.tree_util.tree_leaves_with_path(new_state(mesh, optimizer).optimizer):
+            spec = flat(specs(MODEL)).get(owner(path))
+            if spec is not None and spec.shape == leaf.shape and spec.role != "norm":
+                split += 1
+                assert math.prod(leaf.addressable_shards[0].data.shape) == math.prod(spec.shape) // 8, (kind, path)
+            elif spec is None or spec.shape != leaf.shape:
+                assert leaf.addressable_shards[0].data.shape == leaf.shape, (kind, path)
+        assert (split == 0) == (kind is Adafactor)  # whose matrices have means over rows and columns only
+        one, many = make_mesh(MeshConfig(), jax.devices()[:1]), losses(mesh, optimizer=optimizer)
+        np.testing.assert_allclose(many[0], losses(one, optimizer=optimizer)[0], rtol=0, atol=1e-5, err_msg=str(kind))
+
+
 @pytest.mark.slow
-def test_eight_devices_hold_an_eighth_each_and_learn_as_one():
+@pytest.mark.parametrize("check", ["check_eight_devices", "check_every_optimizer_on_eight_devices"])
+def test_eight_devices_hold_an_eighth_each_and_learn_as_one(check):
     environment = os.environ | {
         # Little optimisation: the programs are compiled for longer than they run.
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent)]),
     }
-    command = [sys.executable, "-c", "import test_state; test_state.check_eight_devices()"]
+    command = [sys.executable, "-c", f"import test_state; test_state.{check}()"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
 

@@ -14,7 +14,8 @@ import pytest
 from cpmjax.model.initialise import initialise
 from cpmjax.model.parameters import flat, specs
 from cpmjax.model.transformer import MiniCPM
-from cpmjax.run.config import ComputeConfig, Config, ModelConfig, OptimizerConfig
+from cpmjax.run.config import ComputeConfig, Config, ModelConfig
+from cpmjax.run.optimizers import AdamW
 from cpmjax.run.schedule import WSD
 from cpmjax.training.optimizer import make_optimizer
 from cpmjax.training.origin import Origin
@@ -25,10 +26,10 @@ from cpmjax.training.timeline import Timeline
 MODEL = ModelConfig(vocabulary=61, width=16, layers=2, heads=2, feed_forward=40, dim_model_base=8, tied=False)
 ROWS, LENGTH = 8, 12
 RATES = Rates(np.float32(0.01), np.float32(0.001))
-ADAMW = make_optimizer(MODEL, OptimizerConfig())
+ADAMW = make_optimizer(MODEL, AdamW())
 # Adam's first update is g / (|g| + epsilon): with a small epsilon the rounding of a gradient near 0, which differs from
 # processor to processor, decides an update of full size. This one has no such entries.
-WELL_CONDITIONED = make_optimizer(MODEL, OptimizerConfig(epsilon=1e-4))
+WELL_CONDITIONED = make_optimizer(MODEL, AdamW(epsilon=1e-4))
 
 # Leaves the parameters alone and keeps the gradient as its state.
 GRADIENT_KEEPER = optax.GradientTransformationExtraArgs(

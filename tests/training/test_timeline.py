@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cpmjax.run.config import CheckpointConfig, Config, DataConfig, EvaluationConfig, OptimizerConfig, TrainingConfig
+from cpmjax.run.config import CheckpointConfig, Config, DataConfig, EvaluationConfig, TrainingConfig
+from cpmjax.run.optimizers import AdamW
 from cpmjax.run.schedule import WSD, WSDS, Constant
 from cpmjax.training.origin import Origin
 from cpmjax.training.timeline import Timeline
@@ -16,7 +17,7 @@ from cpmjax.training.timeline import Timeline
 CONFIG = Config(
     data=DataConfig(sequence_length=32),
     schedule=WSD(warmup=4, stable=10, decay=6, shape="linear", floor=0.0),
-    optimizer=OptimizerConfig(learning_rate=0.02, weight_decay=0.1),
+    optimizer=AdamW(learning_rate=0.02, weight_decay=0.1),
     training=TrainingConfig(batch_size=8),
     checkpoint=CheckpointConfig(every=100),
     evaluation=EvaluationConfig(every=7),

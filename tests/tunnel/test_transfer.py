@@ -139,7 +139,7 @@ def test_the_modes_of_the_decay_agree_at_the_base_size_and_the_experiments_own_r
         for rate in (0.02, 0.08):
             axis = Axis("width", (16, 64))
             for trial in transfer.make_trials(config, [axis], ["minicpm"], [mode], [rate], 1):
-                scales = mup.scales(trial.config.model, mode, trial.table)
+                scales = mup.scales(trial.config.model, trial.config.optimizer, trial.table)
                 decay = scales.leaves["layers"]["gate"].decay * mup.per_step(trial.config.optimizer, 1.0)[1]
                 removed[mode, rate, trial.config.model.width] = decay
     base = 0.002
