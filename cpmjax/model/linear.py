@@ -50,14 +50,18 @@ class Narrow:
             x_RI, parts_OI = jax.lax.optimization_barrier((x_RI, parts_OI))
             # By one, since XLA would compute anything cheaper than a division, with all that made x, for every output.
             x_RI = x_RI / (1 + 0 * x_RI)
-        # In a program of many rows nothing, but for this, kept the weights of all layers from being wide at one time.
-        after_x = 0 if few else 0 * x_RI[0, 0]
-        first, y_RO = 0, jnp.zeros((), x.dtype)
+        # Of unknown value to XLA. In a program of many rows nothing else kept the weights of all layers from being wide
+        # at one time; and a product that is added to another, with nothing in between, is no loop of its own.
+        zero = 0 * x_RI[0, 0]
+        first, products_RO = 0, []
         for part_OI in parts_OI:
-            pieces_RI, part_IO = x_RI[:, first : first + part_OI.shape[1]], (part_OI.astype(x.dtype) + after_x).T
-            y_RO += jnp.stack([piece_I @ part_IO for piece_I in pieces_RI]) if few else pieces_RI @ part_IO
+            pieces_RI, part_IO = x_RI[:, first : first + part_OI.shape[1]], part_OI.astype(x.dtype).T
+            if few:
+                products_RO.append(jnp.stack([piece_I @ part_IO for piece_I in pieces_RI]) * (1 + zero))
+            else:
+                products_RO.append(pieces_RI @ (part_IO + zero))
             first += part_OI.shape[1]
-        return y_RO.reshape(*x.shape[:-1], *self.output)
+        return sum(products_RO[1:], products_RO[0]).reshape(*x.shape[:-1], *self.output)
 
 
 def linear(leaf: jax.Array | Narrow, x: jax.Array) -> jax.Array:

@@ -171,7 +171,7 @@ def embed(weights: DecodeWeights, tokens: jax.Array) -> jax.Array:
     if table_VD.dtype == dtype:
         x = table_VD[tokens]
     else:
-        # Looked up as integers: of 16-bit floats a CPU would first widen the whole table.
+        # Looked up as integers, which costs a copy of the table: of 16-bit floats a CPU would widen it instead.
         bits = jax.lax.bitcast_convert_type(table_VD, jnp.uint16)[tokens]
         x = jax.lax.bitcast_convert_type(bits, table_VD.dtype).astype(dtype)
     return x * jnp.asarray(weights.multipliers.embedding, dtype)
