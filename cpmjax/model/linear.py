@@ -18,28 +18,36 @@ _LONGEST = 16 * 1024 // 4 - 1
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Narrow:
-    """A leaf that is stored in a narrower type than it is multiplied in: for one to four rows at a time on a CPU.
+    """A leaf of 16-bit floats that is multiplied in a wider type: for one to four rows at a time on a CPU.
 
     Such a product takes as long as reading the weights does. XLA reads a matrix in its stored type, widening each
     number as it comes, under three conditions: its rows are outputs, it is multiplied by one vector of less than
     16 KiB, and it is an array of its own, not a slice. Any other product first writes a wide copy of the matrix. So the
-    leaf [I, O...] is held as its transpose, in `parts_OI` whose inputs follow one another.
+    leaf [I, O...] is held as its transpose, in `parts_OI` whose inputs follow one another; and as its bits, since
+    floats are widened, all of them, even where only some rows are looked up.
     """
 
-    parts_OI: tuple[jax.Array, ...]
+    parts_OI: tuple[jax.Array, ...]  # uint16
     output: tuple[int, ...] = field(metadata={"static": True})  # O...
+    dtype: jnp.dtype = field(metadata={"static": True})  # of the floats
 
     @classmethod
     def of(cls, leaf: jax.Array) -> Narrow:
         """A leaf [I, O...] in its own type."""
-        leaf_OI = leaf.reshape(len(leaf), -1).T
+        leaf_OI = jax.lax.bitcast_convert_type(leaf.reshape(len(leaf), -1).T, jnp.uint16)
         parts = -(-len(leaf) // _LONGEST)
-        return cls(tuple(jnp.array_split(leaf_OI, parts, axis=1)), leaf.shape[1:])
+        return cls(tuple(jnp.array_split(leaf_OI, parts, axis=1)), leaf.shape[1:], leaf.dtype)
+
+    def _floats(self, bits: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        return jax.lax.bitcast_convert_type(bits, self.dtype).astype(dtype)
 
     def wide(self, dtype: jnp.dtype) -> jax.Array:
         """The leaf [I, O...] in another type."""
-        leaf_OI = jnp.concatenate(self.parts_OI, axis=1)
-        return leaf_OI.T.reshape(-1, *self.output).astype(dtype)
+        return self._floats(jnp.concatenate(self.parts_OI, axis=1), dtype).T.reshape(-1, *self.output)
+
+    def of_outputs(self, outputs: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """What single outputs, int32 of any shape, weigh their inputs with -> [..., I]."""
+        return self._floats(jnp.concatenate([part_OI[outputs] for part_OI in self.parts_OI], axis=-1), dtype)
 
     def multiply(self, x: jax.Array) -> jax.Array:
         """x [..., I] -> [..., O...] in the type of x: as with a wide leaf, but for the order of sums."""
@@ -55,7 +63,7 @@ class Narrow:
         zero = 0 * x_RI[0, 0]
         first, products_RO = 0, []
         for part_OI in parts_OI:
-            pieces_RI, part_IO = x_RI[:, first : first + part_OI.shape[1]], part_OI.astype(x.dtype).T
+            pieces_RI, part_IO = x_RI[:, first : first + part_OI.shape[1]], self._floats(part_OI, x.dtype).T
             if few:
                 products_RO.append(jnp.stack([piece_I @ part_IO for piece_I in pieces_RI]) * (1 + zero))
             else:

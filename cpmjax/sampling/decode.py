@@ -167,13 +167,8 @@ def decode(
 
 def embed(weights: DecodeWeights, tokens: jax.Array) -> jax.Array:
     """int32 tokens of any shape -> [..., D] in the type of the arithmetic."""
-    table_VD, dtype = weights.embedding, weights.final_norm.dtype
-    if table_VD.dtype == dtype:
-        x = table_VD[tokens]
-    else:
-        # Looked up as integers, which costs a copy of the table: of 16-bit floats a CPU would widen it instead.
-        bits = jax.lax.bitcast_convert_type(table_VD, jnp.uint16)[tokens]
-        x = jax.lax.bitcast_convert_type(bits, table_VD.dtype).astype(dtype)
+    table, dtype = weights.embedding, weights.final_norm.dtype
+    x = table.of_outputs(tokens, dtype) if isinstance(table, Narrow) else table[tokens]
     return x * jnp.asarray(weights.multipliers.embedding, dtype)
 
 
@@ -181,8 +176,7 @@ def head(weights: DecodeWeights, hidden: jax.Array) -> jax.Array:
     """Hidden states [..., D] after the final norm -> float32 logits [..., V]."""
     leaf = weights.head
     if leaf is None:
-        table_VD = weights.embedding
-        leaf = table_VD.T if table_VD.dtype == hidden.dtype else Narrow((table_VD,), (len(table_VD),))
+        leaf = weights.embedding if isinstance(weights.embedding, Narrow) else weights.embedding.T
     return linear(leaf, hidden * jnp.asarray(weights.multipliers.logits, hidden.dtype)).astype(jnp.float32)
 
 

@@ -319,7 +319,7 @@ class Sampler:
         scores = 8 * config.heads * min(prompt, CHUNK) * prompt  # of one chunk, before and after the softmax
         activations = self._weights.final_norm.dtype.itemsize * prompt * (3 * config.feed_forward + 12 * config.width)
         row = copies * cache + 32 * config.vocabulary + scores + activations
-        device = next(iter(self._weights.embedding.devices()))
+        device = next(iter(self._weights.final_norm.devices()))
         memory = (device.memory_stats() or {}).get("bytes_limit", 0) if device.platform != "cpu" else 0
         memory = memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         fit = max(1, int(_SHARE * memory / row))

@@ -26,7 +26,7 @@ Layer = dict[str, Any]  # arrays, and Narrow matrices
 class DecodeWeights(NamedTuple):
     """A pytree; the norms have the type of the arithmetic."""
 
-    embedding: jax.Array  # [V, D]
+    embedding: jax.Array | Narrow  # [V, D]; a Narrow of its transpose
     layers: tuple[Layer, ...]
     final_norm: jax.Array  # [D]
     head: jax.Array | Narrow | None  # [D, V]; None where the embedding is the head
@@ -61,8 +61,8 @@ def _is_narrow(leaf: object) -> bool:
 @jax.jit
 def _widened(weights: DecodeWeights) -> DecodeWeights:
     dtype = weights.final_norm.dtype
-    weights = jax.tree.map(lambda leaf: leaf.wide(dtype) if _is_narrow(leaf) else leaf, weights, is_leaf=_is_narrow)
-    return weights._replace(embedding=weights.embedding.astype(dtype))
+    wide = jax.tree.map(lambda leaf: leaf.wide(dtype) if _is_narrow(leaf) else leaf, weights, is_leaf=_is_narrow)
+    return wide._replace(embedding=wide.embedding.T) if _is_narrow(weights.embedding) else wide
 
 
 @partial(jax.jit, static_argnames=("dtype", "narrow"))
@@ -73,12 +73,12 @@ def _decode_weights(model: MiniCPM, dtype: jnp.dtype, narrow: bool) -> DecodeWei
         """In the narrowest type that holds what the compute type makes of it."""
         return leaf if leaf.dtype.itemsize < compute.itemsize else leaf.astype(compute)
 
+    def is_narrow(leaf: jax.Array) -> bool:
+        return narrow and stored(leaf).dtype.itemsize < dtype.itemsize
+
     def matrix(leaf: jax.Array, axes: Axes) -> jax.Array | Narrow:
         """[input, output...]"""
-        leaf = stored(leaf)
-        return (
-            Narrow.of(leaf) if narrow and leaf.dtype.itemsize < dtype.itemsize else constrain(leaf.astype(dtype), axes)
-        )
+        return Narrow.of(stored(leaf)) if is_narrow(leaf) else constrain(stored(leaf).astype(dtype), axes)
 
     def norm(leaf: jax.Array) -> jax.Array:
         return constrain(leaf.astype(compute).astype(dtype), (None,))
@@ -99,11 +99,9 @@ def _decode_weights(model: MiniCPM, dtype: jnp.dtype, narrow: bool) -> DecodeWei
             "down": matrix(leaves["down"], ("feed_forward", "width")),
         }
 
-    embedding = stored(parameters["embedding"])
-    if not (narrow and embedding.dtype.itemsize < dtype.itemsize):
-        embedding = constrain(embedding.astype(dtype), ("vocabulary", "width"))
+    table_VD = parameters["embedding"]
     return DecodeWeights(
-        embedding,
+        Narrow.of(stored(table_VD).T) if is_narrow(table_VD) else matrix(table_VD, ("vocabulary", "width")),
         tuple(map(layer, range(config.layers))),
         norm(parameters["final_norm"]),
         None if config.tied else matrix(parameters["head"], ("width", "vocabulary")),

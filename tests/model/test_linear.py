@@ -32,3 +32,9 @@ def test_a_narrow_leaf_is_multiplied_as_what_it_holds(inputs, dtype, rows):
 def test_a_narrow_leaf_widens_to_the_leaf():
     leaf = random_leaf((9001, 2, 3), "bfloat16")
     np.testing.assert_array_equal(Narrow.of(leaf).wide(jnp.dtype("float32")), leaf.astype(jnp.float32))
+
+
+def test_outputs_of_a_narrow_leaf_are_looked_up():
+    leaf, outputs = random_leaf((9001, 6), "float16"), jnp.asarray([[5, 0], [2, 2]])
+    found = Narrow.of(leaf).of_outputs(outputs, jnp.dtype("float32"))
+    np.testing.assert_array_equal(found, leaf.astype(jnp.float32).T[np.asarray(outputs)])

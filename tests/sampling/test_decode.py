@@ -202,8 +202,8 @@ def test_the_state_is_moved_on_in_its_own_memory():
 
 @pytest.mark.smoke
 def test_weights_that_are_stored_narrow_are_never_widened_at_once():
-    """Beside its arguments decode takes the memory of the table of embeddings, as it is stored, and less than half a
-    part of a matrix in float32 would; a prefill less than the weights of two layers."""
+    """Not the table of embeddings either: decode takes less memory beside its arguments than half a part of a matrix in
+    float32 would, and a prefill less than the weights of two layers."""
     model = small("large", "bfloat16")
     weights, prompts = decode_weights(model), prompts_of(model, [9])
     stored = sum(leaf.nbytes for leaf in jax.tree.leaves(model.parameters))
@@ -211,7 +211,7 @@ def test_weights_that_are_stored_narrow_are_never_widened_at_once():
     state, _ = start(model, prompts)
     used = decode.lower(model.config, weights, state, request(model, 1), jnp.int32(8)).compile().memory_analysis()
     part = weights.layers[0]["down"].parts_OI[1]
-    assert used.temp_size_in_bytes < weights.embedding.nbytes + 4 * part.size / 2
+    assert used.temp_size_in_bytes < 4 * part.size / 2
     reading = prefill.lower(model.config, weights, *padded(prompts), new_tokens=T, cache_dtype="float32")
     layers = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(model.parameters["layers"]))
     assert reading.compile().memory_analysis().temp_size_in_bytes < layers * 2 / model.config.layers
