@@ -191,7 +191,7 @@ def _share_of_waiting(said: str) -> float:
 
 
 def measured_by(name: str, *arguments: str) -> list[Measurement]:
-    """What a script measures: it prints JSON, a sample a line, {"name", "unit", "sample", "floor", "bar"}."""
+    """What a script measures, which prints what `experiments/benchmarks/measured.py` says."""
     found: dict[str, Measurement] = {}
     for each in map(json.loads, _script(name, *arguments)):
         new = Measurement(each["name"], each["unit"], [], each["bar"], each["floor"])
@@ -202,19 +202,7 @@ def measured_by(name: str, *arguments: str) -> list[Measurement]:
 def measure_conversions(folder: Path | None, preset: str, rounds: int) -> list[Measurement]:
     """A model converted to every format and from it, beside `cp` of its file in the same round."""
     with tempfile.TemporaryDirectory(prefix="cpmjax-bench-") as name:
-        lines = _script("full_size.py", str(folder or name), f"--rounds={rounds}", f"--preset={preset}")
-    conversions: dict[str, list[dict[str, Any]]] = {}
-    for each in map(json.loads, lines):
-        conversions.setdefault(each["name"], []).append(each)
-    found = []
-    for name, samples in conversions.items():
-        found.append(Measurement(name, "s", [each["seconds"] for each in samples]))
-        if name != "cp":
-            found.append(Measurement(f"{name}, times as long as cp", "", [each["ratio"] for each in samples], bar=3.0))
-        memory = [each["anonymous_bytes"] / 1e9 for each in samples]
-        found.append(Measurement(f"{name}, anonymous memory at most", "GB", memory, bar=3.0))
-        found.append(Measurement(f"{name}, written", "GB", [each["written_bytes"] / 1e9 for each in samples]))
-    return found
+        return measured_by("full_size.py", str(folder or name), f"--rounds={rounds}", f"--preset={preset}")
 
 
 def measure_readers(mutants: int) -> list[Measurement]:

@@ -42,7 +42,7 @@ def decode_weights(model: MiniCPM) -> DecodeWeights:
 
     They have the compute type of the model, and so has the arithmetic; on a CPU, whose products of bfloat16 are slow,
     that is float32. Matrices that a narrower type holds without loss (those stored in it, or to be rounded to it) are
-    `Narrow` there, which suits up to four rows; `widened` is for more. Both at once take 1.5 times the memory.
+    `Narrow` there, which suits up to four rows; `widened` is for more. Both at once take 1.5 times what float32 takes.
     """
     on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.dtype("float32") if on_cpu else jnp.dtype(model.compute.dtype)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import random
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from measured import sample, say
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
@@ -101,12 +101,18 @@ def main(rows: int, seed: int) -> None:
     model = golden_models.load("minicpm-tiny-a")
     found = compare(model, *random_rows(rows, model.config.vocabulary, seed), seed)
     about = f"of {rows:,} rows"
-    for name, sample, bar in (
-        (f"{about}, those with other tokens than alone", len(found.differing), None),
-        (f"{about}, those of them whose decision is not within 1e-5 of the logits", len(found.unexplained), 0),
-        ("largest difference of a log-probability, relative above 1", found.furthest, 1e-4),
-    ):
-        print(json.dumps({"name": name, "unit": "", "sample": sample, "floor": None, "bar": bar}))
+    say(
+        [
+            sample(f"{about}, those with other tokens than alone", "", len(found.differing)),
+            sample(
+                f"{about}, those of them whose decision is not within 1e-5 of the logits",
+                "",
+                len(found.unexplained),
+                bar=0,
+            ),
+            sample("largest difference of a log-probability, relative above 1", "", found.furthest, bar=1e-4),
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measured import sample, say
 
 from cpmjax.data.corpora import documents
 from cpmjax.data.tokenizer import Tokenizer, train
@@ -233,28 +234,28 @@ def measure(folder: Path, name: str, batch: int, rounds: int, new: int) -> Itera
             first, whole = ask("first"), ask("all")  # compiles, and warms up
             if engine.startswith("cpmjax"):
                 again = ask("first") + ask("all")
-                yield line(f"{engine}, {about}: compilation", "s", first + whole - again)
+                yield sample(f"{engine}, {about}: compilation", "s", first + whole - again)
         for _ in range(rounds):
             decode = {}
             bandwidth = asked["cpmjax float32"]("bandwidth")
-            yield line(f"read bandwidth, {about}", "GB/s", bandwidth / 1e9)
+            yield sample(f"read bandwidth, {about}", "GB/s", bandwidth / 1e9)
             for engine, ask in asked.items():
                 first, whole = ask("first"), ask("all")
                 decode[engine] = batch * (new - 1) / (whole - first)
-                yield line(f"{engine}, {about}: first token", "s", first)
-                yield line(f"{engine}, {about}: prompt and {new} tokens", "tokens/s", batch * new / whole)
-                yield line(f"{engine}, {about}: decode", "tokens/s", decode[engine])
+                yield sample(f"{engine}, {about}: first token", "s", first)
+                yield sample(f"{engine}, {about}: prompt and {new} tokens", "tokens/s", batch * new / whole)
+                yield sample(f"{engine}, {about}: decode", "tokens/s", decode[engine])
             for engine, bytes_each in (("cpmjax float32", 4), ("cpmjax bfloat16", 2 if batch <= 4 else 4)):
                 steps = decode[engine] / batch
                 share = 100 * steps * step_bytes(config, bytes_each, batch, new) / bandwidth
                 floor = 70 if (engine, name, batch) == ("cpmjax float32", "300m", 1) else None
-                yield line(f"{engine}, {about}: share of the bandwidth limit", "%", share, floor)
+                yield sample(f"{engine}, {about}: share of the bandwidth limit", "%", share, floor=floor)
             for peer in PEERS.keys() & decode.keys():
                 for engine in ("cpmjax float32", "cpmjax bfloat16"):
                     bars = {("40m", 1): 1.7, ("300m", 1): 1.3}
                     floor = bars.get((name, batch), 1.0) if peer.startswith("transformers") else None
                     ratio = decode[engine] / decode[peer]
-                    yield line(f"{engine} / {peer}, {about}: decode", "", ratio, floor)
+                    yield sample(f"{engine} / {peer}, {about}: decode", "", ratio, floor=floor)
 
 
 def step_bytes(config: ModelConfig, bytes_each: int, batch: int, new: int) -> float:
@@ -275,10 +276,10 @@ def measure_starts(folder: Path, name: str, rounds: int) -> Iterator[dict[str, A
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                 whole, first = time.perf_counter() - began, float(done.stdout)
                 seconds.append(first)
-                yield line(f"{name.upper()}: model in memory to first token, {kind} compilation cache", "s", first)
-                yield line(f"{name.upper()}: start of the process to its end, {kind} cache", "s", whole)
+                yield sample(f"{name.upper()}: model in memory to first token, {kind} compilation cache", "s", first)
+                yield sample(f"{name.upper()}: start of the process to its end, {kind} cache", "s", whole)
         share = 100 * seconds[1] / seconds[0]
-        yield line(f"{name.upper()}: model in memory to first token, filled / empty cache", "%", share, bar=33.3)
+        yield sample(f"{name.upper()}: model in memory to first token, filled / empty cache", "%", share, bar=33.3)
 
 
 def start(folder: Path, name: str, cache: Path) -> None:
@@ -344,21 +345,13 @@ def measure_sampling(shapes: list[str], rounds: int) -> Iterator[dict[str, Any]]
             jax.block_until_ready(only_sampling(logits_BV, options, prompt_BV, counts_BV))
             sampling, step = (time.perf_counter() - middle) / steps, (middle - began) / steps
             if number:  # the first compiles
-                yield line(f"{name.upper()}, batch 1, bfloat16: step", "ms", 1e3 * step)
-                yield line(f"{name.upper()}: sampling of a token", "ms", 1e3 * sampling)
+                yield sample(f"{name.upper()}, batch 1, bfloat16: step", "ms", 1e3 * step)
+                yield sample(f"{name.upper()}: sampling of a token", "ms", 1e3 * sampling)
                 bar = 5.0 if name in PRESETS else None
-                yield line(f"{name.upper()}: sampling, share of a step", "%", 100 * sampling / step, bar=bar)
-
-
-def line(name: str, unit: str, sample: float, floor: float | None = None, bar: float | None = None) -> dict[str, Any]:
-    return {"name": name, "unit": unit, "sample": sample, "floor": floor, "bar": bar}
+                yield sample(f"{name.upper()}: sampling, share of a step", "%", 100 * sampling / step, bar=bar)
 
 
 def main(arguments: argparse.Namespace) -> None:
-    def say(lines: Iterator[dict[str, Any]]) -> None:
-        for each in lines:
-            print(json.dumps(each), flush=True)
-
     for name in arguments.shapes:
         make(arguments.folder, name)
         for batch in arguments.batches:

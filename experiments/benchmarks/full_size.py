@@ -14,7 +14,6 @@ time, and a copy does nothing like it. Memory is the anonymous memory of the pro
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -30,6 +29,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
 import torch_by_hand as by_hand
+from measured import sample, say
 
 from cpmjax.formats.config_files import write_config
 from cpmjax.formats.names import places
@@ -184,9 +184,18 @@ def main(folder: Path, rounds: int, preset: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "safetensors").is_dir():
         make(folder, ModelConfig(**PRESETS[preset]))
-    for number in range(rounds):
+    for _ in range(rounds):
         for found in measure(folder):
-            print(json.dumps({"round": number, **found}), flush=True)
+            say(samples(found))
+
+
+def samples(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    name = found["name"]
+    yield sample(name, "s", found["seconds"])
+    if "ratio" in found:
+        yield sample(f"{name}, times as long as cp", "", found["ratio"], bar=3.0)
+    yield sample(f"{name}, anonymous memory at most", "GB", found["anonymous_bytes"] / 1e9, bar=3.0)
+    yield sample(f"{name}, written", "GB", found["written_bytes"] / 1e9)
 
 
 if __name__ == "__main__":

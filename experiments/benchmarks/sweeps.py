@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import multiprocessing
 import tempfile
 import time
@@ -22,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from measured import sample, say
 
 from cpmjax.model import mup
 from cpmjax.model.presets import PRESETS
@@ -69,10 +69,10 @@ def measure_sweep(experiment: Path, rounds: int, rates: int, seeds: int) -> Iter
             alone = {key: in_new_process(experiment, cache, [key[0]], [key[1]]) for key in together}
             apart = sum(seconds for seconds, _ in alone.values())
             other = sum(losses != {key: together[key]} for key, (_, losses) in alone.items())
-            yield line(f"{rates} rates x {seeds} seeds in one process", "s", sweep)
-            yield line("the same, one process a trial", "s", apart)
-            yield line("share of the time of one process a trial", "%", 100 * sweep / apart, bar=60)
-            yield line("trials whose loss is another", "", other, bar=0)
+            yield sample(f"{rates} rates x {seeds} seeds in one process", "s", sweep)
+            yield sample("the same, one process a trial", "s", apart)
+            yield sample("share of the time of one process a trial", "%", 100 * sweep / apart, bar=60)
+            yield sample("trials whose loss is another", "", other, bar=0)
 
 
 def measure_mapping(experiment: Path, rounds: int, seeds: int) -> Iterator[dict[str, Any]]:
@@ -101,11 +101,7 @@ def measure_mapping(experiment: Path, rounds: int, seeds: int) -> Iterator[dict[
                     states[number], _ = program.step(states[number], batch, rates, scales)
                 jax.block_until_ready(states)
                 ratio = (middle - began) / (time.perf_counter() - middle)
-                yield line(f"{seeds} seeds mapped / one by one, width {width}", "", ratio)
-
-
-def line(name: str, unit: str, sample: float, bar: float | None = None) -> dict[str, Any]:
-    return {"name": name, "unit": unit, "sample": sample, "floor": None, "bar": bar}
+                yield sample(f"{seeds} seeds mapped / one by one, width {width}", "", ratio)
 
 
 if __name__ == "__main__":
@@ -115,7 +111,5 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=1)
     options = parser.parse_args()
-    for found in measure_sweep(options.experiment, options.rounds, options.rates, options.seeds):
-        print(json.dumps(found), flush=True)
-    for found in measure_mapping(options.experiment, options.rounds, options.seeds):
-        print(json.dumps(found), flush=True)
+    say(measure_sweep(options.experiment, options.rounds, options.rates, options.seeds))
+    say(measure_mapping(options.experiment, options.rounds, options.seeds))
