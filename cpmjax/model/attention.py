@@ -1,4 +1,5 @@
-"""Causal attention within documents: the contract every kernel fulfils, the plain one, and the plain one in chunks.
+"""Causal attention within documents: the contract every kernel fulfils, the plain one, and two that go by chunks of
+queries, for whole rows (training) and for whatever a cache holds (a prompt).
 
 B batch, L queries, S keys, H heads, G key-value heads, R heads per key-value head, K head width, N chunks.
 """
@@ -6,12 +7,17 @@ B batch, L queries, S keys, H heads, G key-value heads, R heads per key-value he
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 CHUNK = 512
+_LONGEST_ROW = 1024
+# What `attend_rows` computes for the backward pass and a policy of `jax.checkpoint` may keep: with these, no weights.
+KEPT = ("maximum", "total", "mixed")
 
 
 class Places(NamedTuple):
@@ -66,3 +72,59 @@ def attend_chunked(
 
     mixed_NBLHK = jax.lax.map(mix, jax.tree.map(split, (query_BLHK, queries)))
     return mixed_NBLHK.swapaxes(0, 1).reshape(batch, -1, *query_BLHK.shape[2:])[:, :length]
+
+
+def attend_rows(
+    query_BLHK: jax.Array,
+    key_BLGK: jax.Array,
+    value_BLGK: jax.Array,
+    segments_BL: jax.Array,
+    chunk: int = 128,
+) -> jax.Array:
+    """`attend` for rows that are there from their first slot to their last.
+
+    A chunk of queries meets only the keys up to its own end: of the products about half are left. Between forward and
+    backward pass no weights are kept, only what each query mixed, its maximum and its sum, from which the weights
+    follow without another pass over the scores (Dao et al. 2022, FlashAttention, section 3.1). Rows longer than 1,024
+    are left to `attend_chunked`: XLA may work at all chunks of a row at one time.
+    """
+    batch, length, heads, width = query_BLHK.shape
+    groups = key_BLGK.shape[2]
+    if length > _LONGEST_ROW:
+        slots_BL = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+        places = Places(segments_BL, slots_BL)
+        return attend_chunked(query_BLHK, key_BLGK, value_BLGK, places, places)
+    query_BGRLK = query_BLHK.reshape(batch, length, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
+    # Slots last: gradients of keys and values then are products that XLA's CPU library is three times as fast at.
+    key_BGKS, value_BGKS = (x_BLGK.transpose(0, 2, 3, 1) for x_BLGK in (key_BLGK, value_BLGK))
+    keep = jax.checkpoint_policies.save_only_these_names(*KEPT)
+    mixed = []
+    for first in range(0, length, chunk):
+        last = min(first + chunk, length)
+        mix = jax.checkpoint(partial(_mix, first=first), policy=keep)
+        mixed.append(
+            mix(query_BGRLK[:, :, :, first:last], key_BGKS[..., :last], value_BGKS[..., :last], segments_BL[:, :last])
+        )
+    mixed_BGRLK = jnp.concatenate(mixed, axis=3).astype(query_BLHK.dtype)
+    return mixed_BGRLK.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
+
+
+def _mix(
+    query_BGRLK: jax.Array, key_BGKS: jax.Array, value_BGKS: jax.Array, segments_BS: jax.Array, first: int
+) -> jax.Array:
+    """Queries in the slots from `first` to that of the last key -> float32 [B, G, R, L, K]."""
+    batch, groups, repeats, length, width = query_BGRLK.shape
+    slots = jnp.arange(segments_BS.shape[1])
+    # One matrix for each key-value head (M: its R heads' queries): XLA copies the scores of any more axes.
+    query_BGMK = query_BGRLK.reshape(batch, groups, -1, width)
+    scores_BGMS = jnp.einsum("bgmk,bgks->bgms", query_BGMK, key_BGKS, preferred_element_type=jnp.float32)
+    same_document_BLS = segments_BS[:, first : first + length, None] == segments_BS[:, None, :]
+    visible_BLS = same_document_BLS & (slots[first : first + length, None] >= slots)
+    visible_B1MS = jnp.tile(visible_BLS, (1, repeats, 1))[:, None]
+    scores_BGMS = jnp.where(visible_B1MS, scores_BGMS / math.sqrt(width), -1e30)
+    maximum = checkpoint_name(jax.lax.stop_gradient(jnp.max(scores_BGMS, axis=-1, keepdims=True)), "maximum")
+    weights_BGMS = jnp.exp(scores_BGMS - maximum)
+    total = checkpoint_name(jnp.sum(weights_BGMS, axis=-1, keepdims=True), "total")
+    weights_BGMS = weights_BGMS.astype(value_BGKS.dtype)
+    mixed = jnp.einsum("bgms,bgks->bgmk", weights_BGMS, value_BGKS, preferred_element_type=jnp.float32)
+    return (checkpoint_name(mixed, "mixed") / total).reshape(query_BGRLK.shape)

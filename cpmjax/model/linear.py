@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 
+from cpmjax.parallel.sharding import splits
+
 FEW = 4  # rows up to which reading narrow weights once for each is about as fast as reading wide ones once
 # XLA's CPU compiler makes a loop of a matrix-vector product only for a vector smaller than 16 KiB.
 _LONGEST = 16 * 1024 // 4 - 1
@@ -74,4 +76,9 @@ class Narrow:
 
 def linear(leaf: jax.Array | Narrow, x: jax.Array) -> jax.Array:
     """x [..., I] times a leaf [I, O...], in the type of x -> [..., O...]."""
-    return leaf.multiply(x) if isinstance(leaf, Narrow) else jnp.tensordot(x, leaf.astype(x.dtype), axes=1)
+    if isinstance(leaf, Narrow):
+        return leaf.multiply(x)
+    # As one matrix: the gradient of the leaf sums over rows, and if those were two axes, batch and length, XLA's CPU
+    # compiler would transpose what it is multiplied by first. A length that is split cannot be one axis with another.
+    rows = x if splits("length") else x.reshape(-1, x.shape[-1])
+    return jnp.tensordot(rows, leaf.astype(x.dtype), axes=1).reshape(*x.shape[:-1], *leaf.shape[1:])

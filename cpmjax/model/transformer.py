@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cpmjax.model import mup, rotary
-from cpmjax.model.attention import Places, attend
+from cpmjax.model.attention import KEPT, attend_rows
 from cpmjax.model.linear import linear
 from cpmjax.model.parameters import Tree
 from cpmjax.parallel.sharding import constrain
@@ -43,7 +43,7 @@ class Surroundings(NamedTuple):
 
     residual: mup.Number  # multiplies each branch
     rotary: tuple[jax.Array, jax.Array]
-    places: Places
+    segments: jax.Array  # int32 [B, L]: the document of each token, 0 for padding
 
 
 def block(config: ModelConfig, leaves: Tree, x_BLD: jax.Array, around: Surroundings) -> tuple[jax.Array, Tree]:
@@ -56,7 +56,7 @@ def block(config: ModelConfig, leaves: Tree, x_BLD: jax.Array, around: Surroundi
     key_BLGK = linear(leaves["key"], h_BLD).reshape(batch, length, config.kv, config.head)
     value_BLGK = linear(leaves["value"], h_BLD).reshape(batch, length, config.kv, config.head)
     query_BLHK, key_BLGK = rotary.rotate(query_BLHK, around.rotary), rotary.rotate(key_BLGK, around.rotary)
-    mixed_BLHK = attend(query_BLHK, key_BLGK, value_BLGK, around.places, around.places)
+    mixed_BLHK = attend_rows(query_BLHK, key_BLGK, value_BLGK, around.segments)
     attention_BLD = linear(leaves["output"], mixed_BLHK.reshape(batch, length, -1))
     x_BLD = constrain(x_BLD + attention_BLD * scale, ACTIVATION)
 
@@ -69,13 +69,19 @@ def block(config: ModelConfig, leaves: Tree, x_BLD: jax.Array, around: Surroundi
     return x_BLD, dict(zip(LAYER_TAPS, values, strict=True))
 
 
+_POLICIES = jax.checkpoint_policies
+# Of layers that are scanned: unrolled all, nothing keeps XLA from taking what was to be computed again from before.
 _REMAT: dict[str, Any] = {
     "none": lambda f: f,
     "block": partial(jax.checkpoint, prevent_cse=False),
     "dots": partial(
-        jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        jax.checkpoint,
+        prevent_cse=False,
+        policy=_POLICIES.save_from_both_policies(
+            _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names(*KEPT)
+        ),
     ),
-}  # fmt: skip
+}
 
 
 class MiniCPM(nnx.Module):
@@ -129,9 +135,9 @@ class MiniCPM(nnx.Module):
         Dynamic rotary scaling follows each row's longest position.
         """
         config = self.config
-        slots_BL = jnp.broadcast_to(jnp.arange(x_BLD.shape[1], dtype=jnp.int32), x_BLD.shape[:2])
-        places = Places(segments_BL, slots_BL)
-        around = Surroundings(self.multipliers.residual, rotary.tables(config, positions_BL), places)
+        # The barrier: without it XLA's CPU compiler takes sines again for every query and key of every layer.
+        angles = jax.lax.optimization_barrier(rotary.tables(config, positions_BL))
+        around = Surroundings(self.multipliers.residual, angles, segments_BL)
 
         def layer(x_BLD: jax.Array, leaves: Tree) -> tuple[jax.Array, Tree]:
             x_BLD, values = block(config, leaves, x_BLD, around)

@@ -48,3 +48,9 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition(axes))
+
+
+def splits(axis: str) -> bool:
+    """Whether the mesh of `jax.set_mesh` has more than one part for a logical axis."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(mesh.shape.get(mesh_axis, 1) > 1 for mesh_axis in RULES[axis])

@@ -128,8 +128,8 @@ class ComputeConfig:
     """How the model is computed; none of it changes what the model is."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters, softmax and loss stay in float32
-    remat: Literal["none", "block", "dots"] = "none"  # recompute in the backward pass: nothing, blocks, all but matmuls
-    unroll: int = 1  # layers per iteration of the scan over layers
+    remat: Literal["none", "block", "dots"] = "dots"  # recompute in the backward pass: nothing, blocks, all but matmuls
+    unroll: int = 1  # layers per iteration of the scan over layers; with all of them remat saves nothing on a CPU
     loss_chunk: int = 1024  # tokens whose logits exist at one time
 
     def problems(self) -> Iterator[tuple[str, str]]:

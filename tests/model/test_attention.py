@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import jax
@@ -9,10 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cpmjax.model.attention import Places, attend, attend_chunked
+from cpmjax.model.attention import Places, attend, attend_chunked, attend_rows
+
+
+def rows(query, key, value, queries, keys, chunk):
+    return attend_rows(query, key, value, keys.segments, chunk)
+
 
 # More queries than a chunk, in chunks that do and do not divide their number; and no more than a chunk.
-IMPLEMENTATIONS = {f"chunks of {chunk}": partial(attend_chunked, chunk=chunk) for chunk in (4, 5, 12)}
+ANYWHERE = {f"chunks of {chunk}": partial(attend_chunked, chunk=chunk) for chunk in (4, 5, 12)}
+WHOLE_ROWS = {f"rows in chunks of {chunk}": partial(rows, chunk=chunk) for chunk in (4, 5, 12, 513)}
 H, K = 4, 8
 
 
@@ -62,8 +69,9 @@ def test_the_plain_one_against_sums_by_hand(case, groups):
 
 
 @pytest.mark.parametrize("groups", [2, 4])
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("name", "case"), [*itertools.product(ANYWHERE, CASES), *itertools.product(WHOLE_ROWS, ["packed"])]
+)
 def test_every_implementation_against_the_plain_one(name, case, groups):
     """Forward, and the gradient of what real tokens draw."""
     queries, keys = CASES[case]
@@ -76,10 +84,24 @@ def test_every_implementation_against_the_plain_one(name, case, groups):
 
     value_and_gradient = jax.value_and_grad(weighted, argnums=(1, 2, 3), has_aux=True)
     (_, expected), expected_gradients = value_and_gradient(attend, *inputs)
-    (_, found), gradients = jax.jit(value_and_gradient, static_argnums=0)(IMPLEMENTATIONS[name], *inputs)
+    (_, found), gradients = jax.jit(value_and_gradient, static_argnums=0)((ANYWHERE | WHOLE_ROWS)[name], *inputs)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(gradient, expected_gradient, atol=1e-5)
+
+
+def test_the_second_derivative_of_rows():
+    """Forward over reverse, which studies of curvature need."""
+    queries, keys = CASES["packed"]
+    inputs = arrays(queries, keys, 2)
+
+    def along(function):
+        def slope(query):
+            return jax.grad(lambda query: jnp.sum(jnp.sin(function(query, *inputs[1:], queries, keys))))(query)
+
+        return jax.jvp(slope, (inputs[0],), (jax.random.normal(jax.random.key(2), inputs[0].shape),))[1]
+
+    np.testing.assert_allclose(along(WHOLE_ROWS["rows in chunks of 5"]), along(attend), atol=1e-5)
 
 
 @pytest.mark.parametrize("backward", [False, True])
