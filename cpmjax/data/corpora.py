@@ -5,6 +5,7 @@ Each kind of source is a file of its own: `python_sources`, `text_files`, ...
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections import Counter
@@ -13,7 +14,7 @@ from typing import Literal
 
 from cpmjax.data.array_records import array_records
 from cpmjax.data.documents import Bad, Document
-from cpmjax.data.files import is_url, versions
+from cpmjax.data.files import below, is_url, versions
 from cpmjax.data.huggingface_datasets import dataset_rows, dataset_version
 from cpmjax.data.parquet_files import PARQUET, parquet_files
 from cpmjax.data.python_sources import language_reference, standard_library
@@ -53,6 +54,12 @@ def documents(
             skipped[item.reason] += 1
     if not found:
         raise UserError(f"{corpus}: not one usable document; expected text to train on")
+
+
+def placed(corpus: CorpusConfig, folder: str) -> CorpusConfig:
+    """The corpus with its path from `folder` on, if it has a relative one."""
+    path = getattr(corpus, "path", None)
+    return corpus if path is None else dataclasses.replace(corpus, path=below(folder, path))  # type: ignore[call-arg]
 
 
 def held_out(name: str, share: float) -> bool:

@@ -1,6 +1,7 @@
 """Where documents come from: every kind of corpus, and the keys of each. `type` in the YAML chooses the kind.
 
-A path is one of this machine, or a URL that fsspec reads: gs://, s3://, https://, ... (see `cpmjax.data.files`).
+A path is one of this machine, or a URL that fsspec reads: gs://, s3://, https://, ... (see `cpmjax.data.files`). A
+relative one starts in `data.folder`.
 """
 
 from __future__ import annotations
