@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from cpmjax.data.array_records import array_records
+from cpmjax.data.chat_files import chat_files
 from cpmjax.data.documents import Bad, Document
 from cpmjax.data.files import below, is_url, versions
 from cpmjax.data.huggingface_datasets import dataset_rows, dataset_version
@@ -22,6 +23,7 @@ from cpmjax.data.text_files import JSONL, jsonl_files, text_files
 from cpmjax.run.errors import UserError
 from cpmjax.run.sources import (
     ArrayRecords,
+    Chat,
     CorpusConfig,
     HuggingFaceDataset,
     Jsonl,
@@ -122,6 +124,8 @@ def _items(corpus: CorpusConfig) -> Iterator[Document | Bad]:
             return text_files(path, glob)
         case Jsonl(path, field):
             return jsonl_files(path, field)
+        case Chat(path, field):
+            return chat_files(path, field)
         case Parquet(path, field):
             return parquet_files(path, field)
         case ArrayRecords(path, field):
@@ -137,7 +141,7 @@ def _version(corpus: CorpusConfig) -> str | None:
     match corpus:
         case TextFolder(path, glob) if is_url(path):
             return versions(path, [glob])
-        case Jsonl(path, _) if is_url(path):
+        case Jsonl(path, _) | Chat(path, _) if is_url(path):
             return versions(path, JSONL)
         case Parquet(path, _) if is_url(path):
             return versions(path, PARQUET)

@@ -57,6 +57,15 @@ class Jsonl(CorpusConfig):
     field: str = "text"  # the key that holds the text
 
 
+@CorpusConfig.register_subclass("chat")
+@dataclass(frozen=True)
+class Chat(CorpusConfig):
+    """Like jsonl, but each line is a conversation: the text of it with MiniCPM's markers, <用户>question<AI>answer."""
+
+    path: str = ""
+    field: str = "messages"  # the key that holds [{"role": ..., "content": ...}, ...]
+
+
 @CorpusConfig.register_subclass("parquet")
 @dataclass(frozen=True)
 class Parquet(CorpusConfig):
