@@ -5,6 +5,7 @@ Each kind of source is a file of its own: `python_sources`, `text_files`, ...
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections import Counter
@@ -12,8 +13,9 @@ from collections.abc import Iterator
 from typing import Literal
 
 from cpmjax.data.array_records import array_records
+from cpmjax.data.chat_files import chat_files
 from cpmjax.data.documents import Bad, Document
-from cpmjax.data.files import is_url, versions
+from cpmjax.data.files import below, is_url, versions
 from cpmjax.data.huggingface_datasets import dataset_rows, dataset_version
 from cpmjax.data.parquet_files import PARQUET, parquet_files
 from cpmjax.data.python_sources import language_reference, standard_library
@@ -21,6 +23,7 @@ from cpmjax.data.text_files import JSONL, jsonl_files, text_files
 from cpmjax.run.errors import UserError
 from cpmjax.run.sources import (
     ArrayRecords,
+    Chat,
     CorpusConfig,
     HuggingFaceDataset,
     Jsonl,
@@ -53,6 +56,12 @@ def documents(
             skipped[item.reason] += 1
     if not found:
         raise UserError(f"{corpus}: not one usable document; expected text to train on")
+
+
+def placed(corpus: CorpusConfig, folder: str) -> CorpusConfig:
+    """The corpus with its path from `folder` on, if it has a relative one."""
+    path = getattr(corpus, "path", None)
+    return corpus if path is None else dataclasses.replace(corpus, path=below(folder, path))  # type: ignore[call-arg]
 
 
 def held_out(name: str, share: float) -> bool:
@@ -115,6 +124,8 @@ def _items(corpus: CorpusConfig) -> Iterator[Document | Bad]:
             return text_files(path, glob)
         case Jsonl(path, field):
             return jsonl_files(path, field)
+        case Chat(path, field):
+            return chat_files(path, field)
         case Parquet(path, field):
             return parquet_files(path, field)
         case ArrayRecords(path, field):
@@ -130,7 +141,7 @@ def _version(corpus: CorpusConfig) -> str | None:
     match corpus:
         case TextFolder(path, glob) if is_url(path):
             return versions(path, [glob])
-        case Jsonl(path, _) if is_url(path):
+        case Jsonl(path, _) | Chat(path, _) if is_url(path):
             return versions(path, JSONL)
         case Parquet(path, _) if is_url(path):
             return versions(path, PARQUET)

@@ -39,17 +39,21 @@ def from_bytes(name: str, raw: bytes, place: str) -> Document | Bad:
 
 def from_json(name: str, raw: bytes, place: str, field: str, offset: int = 0) -> Document | Bad:
     """The document in one field of a JSON object; `offset` is where `raw` begins in what a message counts bytes of."""
+    record = json_object(raw, place, f"expected an object whose {field!r} is a string", offset)
+    return record if isinstance(record, Bad) else from_record(name, record, place, field)
+
+
+def json_object(raw: bytes, place: str, expected: str, offset: int = 0) -> dict[str, Any] | Bad:
     line = decode(raw, place, offset)
     if isinstance(line, Bad):
         return line
-    expected = f"expected an object whose {field!r} is a string"
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         return Bad("malformed JSON", f"{place}: not JSON ({getattr(error, 'msg', error)}); {expected}")
     if not isinstance(record, dict):
         return Bad("not an object", f"{place}: a JSON {type(record).__name__}; {expected}")
-    return from_record(name, record, place, field)
+    return record
 
 
 def from_record(name: str, record: Mapping[str, Any], place: str, field: str) -> Document | Bad:
@@ -67,11 +71,11 @@ def from_record(name: str, record: Mapping[str, Any], place: str, field: str) ->
     return document(name, text, place)
 
 
-def missing(place: str, field: str, there: list[str]) -> Bad:
+def missing(place: str, field: str, there: list[str], kind: str = "string") -> Bad:
     """There is no such field among those of a record or a table."""
     nearest = difflib.get_close_matches(field, there, n=1, cutoff=0)
     hint = f"the nearest key is {nearest[0]!r}" if nearest else "it has no key at all"
-    return Bad("missing field", f"{place}: no {field!r}, {hint}; expected an object whose {field!r} is a string")
+    return Bad("missing field", f"{place}: no {field!r}, {hint}; expected an object whose {field!r} is a {kind}")
 
 
 def decode(raw: bytes, place: str, offset: int = 0) -> str | Bad:

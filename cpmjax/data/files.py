@@ -160,6 +160,13 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
+def below(folder: str, path: str) -> str:
+    """A relative path from a folder or URL on; any other one, and any where `folder` is "", stays as it is."""
+    if not folder or is_url(path) or path.startswith(("/", "~")):
+        return path
+    return f"{folder.rstrip('/')}/{path}"
+
+
 def matching(path: str, globs: Sequence[str]) -> Sequence[File]:
     """The file at `path` whatever its name, or every file below it that matches, in the order of their names.
 

@@ -62,18 +62,8 @@ class Template:
         check(messages)
         if not messages:
             raise UserError("messages: there are none; expected at least one")
-        ids = self._minicpm(messages) if self.name == "minicpm" else self._chatml(messages)
+        ids = self._tokenizer.encode(minicpm(messages)) if self.name == "minicpm" else self._chatml(messages)
         return [self._tokenizer.bos, *ids]
-
-    def _minicpm(self, messages: Sequence[Message]) -> list[int]:
-        text = ""
-        for is_user, group in groupby(messages, lambda message: message["role"] == "user"):
-            contents = [message["content"].strip() for message in group]
-            if is_user:
-                text += "".join(f"{_USER}{_broken(content)}{_ANSWER}" for content in contents)
-            else:  # joined first: two contents without anything between them could make a marker together
-                text += _broken("".join(contents))
-        return self._tokenizer.encode(text)
 
     def _chatml(self, messages: Sequence[Message]) -> list[int]:
         start, end = (self._tokenizer.added_tokens[marker] for marker in (_START, _END))
@@ -82,6 +72,18 @@ class Template:
         for message in messages:
             ids += [start, *encode(f"{message['role']}\n{message['content']}"), end, *encode("\n")]
         return ids if messages[-1]["role"] == "assistant" else [*ids, start, *encode("assistant\n")]
+
+
+def minicpm(messages: Sequence[Message]) -> str:
+    """The text that MiniCPM reads for messages that `check` lets pass."""
+    text = ""
+    for is_user, group in groupby(messages, lambda message: message["role"] == "user"):
+        contents = [message["content"].strip() for message in group]
+        if is_user:
+            text += "".join(f"{_USER}{_broken(content)}{_ANSWER}" for content in contents)
+        else:  # joined first: two contents without anything between them could make a marker together
+            text += _broken("".join(contents))
+    return text
 
 
 def check(messages: Sequence[Message]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cpmjax.data import tokenizer as tokenizers
 from cpmjax.data.batches import Batches, Rows
-from cpmjax.data.corpora import check_unchanged, content_key, documents, held_out
+from cpmjax.data.corpora import check_unchanged, content_key, documents, held_out, placed
 from cpmjax.data.mixture import Mixture, Segment, run_out
 from cpmjax.data.tokenizer import Tokenizer
 from cpmjax.data.tokens import Store, build_or_open
@@ -36,7 +36,8 @@ class Text:
     def _check_batch(self, config: Config) -> None:
         """Raises UserError if a batch would hold the same row of a corpus more than once."""
         size = config.training.batch_size
-        for weights in (config.data.stable, config.data.decay):
+        for stage in ("stable", "decay"):
+            weights = config.data.weights(stage)
             for name, weight in weights.items():
                 share = math.ceil(size * weight / sum(weights.values()))
                 rows = self.rows[name]
@@ -109,12 +110,15 @@ def make_tokenizer(config: Config, progress: Callable[[str], None]) -> Tokenizer
 
 def _contents(data: DataConfig) -> dict[str, str]:
     """The key of each stable corpus."""
-    return {name: content_key(data.corpora[name], data.bad_documents) for name in sorted(data.stable)}
+    return {
+        name: content_key(placed(data.corpora[name], data.folder), data.bad_documents)
+        for name in sorted(data.weights("stable"))
+    }
 
 
 def _training_text(data: DataConfig) -> Iterator[str]:
-    for name in sorted(data.stable):
-        for document in documents(data.corpora[name], data.bad_documents, Counter()):
+    for name in sorted(data.weights("stable")):
+        for document in documents(placed(data.corpora[name], data.folder), data.bad_documents, Counter()):
             if not held_out(document.name, data.held_out):
                 yield document.text
 
@@ -125,7 +129,7 @@ def open_stores(config: Config, tokenizer: Tokenizer, progress: Callable[[str], 
     return {
         name: build_or_open(
             name,
-            data.corpora[name],
+            placed(data.corpora[name], data.folder),
             tokenizer,
             held_out=data.held_out,
             on_bad=data.bad_documents,
@@ -161,13 +165,12 @@ def segments(
     """
     pieces: list[tuple[int, dict[str, float]]] = []
     if first_position != first_step * batch_size:
-        pieces.append((first_position, data.stable))
+        pieces.append((first_position, data.weights("stable")))
     else:
         first_step = 0
     for stage in schedule.stages():
         steps = stage.last - max(stage.first - 1, first_step)
-        weights = data.decay or data.stable
-        pieces.append((max(0, steps) * batch_size, weights if stage.name == "decay" else data.stable))
+        pieces.append((max(0, steps) * batch_size, data.weights(stage.name)))
     merged: list[tuple[int, dict[str, float]]] = []
     for rows, weights in pieces:
         if merged and merged[-1][1] == weights:

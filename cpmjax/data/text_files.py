@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from cpmjax.data.compressed import FORMATS, decompressed
 from cpmjax.data.documents import Bad, Document, document, from_bytes, from_json, unreadable
@@ -25,13 +26,21 @@ def text_files(path: str, glob: str) -> Iterator[Document | Bad]:
 
 
 def jsonl_files(path: str, field: str) -> Iterator[Document | Bad]:
-    """Each line, named FILE:LINE. Of a file that is cut short the lines before the cut are there."""
+    """The text in one field of each line."""
+    return each_line(path, partial(from_json, field=field))
+
+
+def each_line(path: str, read: Callable[..., Document | Bad]) -> Iterator[Document | Bad]:
+    """What `read(name, raw, place, offset=...)` makes of each line of the .jsonl files, as `from_json` does.
+
+    A line is named FILE:LINE. Of a file that is cut short the lines before the cut are there.
+    """
     for file in matching(path, JSONL):
         line, offset = 0, 0  # in the unpacked file
         try:
             with reading(file) as stream, decompressed(stream, file.name) as lines:
                 for line, raw in enumerate(lines, 1):
-                    yield from_json(f"{file.name}:{line}", raw, f"{file.place}, line {line}", field, offset)
+                    yield read(f"{file.name}:{line}", raw, f"{file.place}, line {line}", offset=offset)
                     offset += len(raw)
         except EOFError:
             kind = FORMATS[file.name[file.name.rindex(".") :]]

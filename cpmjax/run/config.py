@@ -151,23 +151,30 @@ class TokenizerConfig:
 @dataclass(frozen=True)
 class DataConfig:
     corpora: dict[str, CorpusConfig] = field(default_factory=dict)
-    stable: dict[str, float] = field(default_factory=dict)  # corpus -> weight in rows, every stage but decay
+    folder: str = ""  # a folder or URL where relative paths of corpora start; "": the working directory
+    stable: dict[str, float] = field(default_factory=dict)  # corpus -> weight in rows, 0: only evaluated; all but decay
     decay: dict[str, float] = field(default_factory=dict)  # the same in the decay stage; empty: as stable
     sequence_length: int = 256
     held_out: float = 0.02  # share of documents never trained on, chosen by a hash of their names
     bad_documents: Literal["refuse", "skip"] = "refuse"  # skip: leave them out, and count them
     tokenizer: TokenizerConfig = TokenizerConfig()
 
+    def weights(self, stage: str) -> dict[str, float]:
+        """Corpus -> weight of those that a stage trains on."""
+        weights = self.decay if stage == "decay" and self.decay else self.stable
+        return {name: weight for name, weight in weights.items() if weight}
+
     def problems(self) -> Iterator[tuple[str, str]]:
         # Weights that were imported have no corpora: `cpmjax.run.cli.load` asks an experiment for one.
-        if self.corpora and not self.stable:
-            yield "stable", "the weight of at least one corpus"
+        for stage in ("stable", "decay") if self.corpora else ():
+            if not self.weights(stage):
+                yield stage, "a positive weight of at least one corpus"
         for stage in ("stable", "decay"):
             for name, weight in getattr(self, stage).items():
                 if name not in self.corpora:
                     yield f"{stage}.{name}", f"one of data.corpora: {', '.join(self.corpora)}"
-                elif not 0 < weight < math.inf:
-                    yield f"{stage}.{name}", "a positive weight"
+                elif not 0 <= weight < math.inf:
+                    yield f"{stage}.{name}", "a positive weight, or 0 for a corpus that is only evaluated"
         names: dict[str, str] = {}  # by what says which documents there are
         for name, corpus in self.corpora.items():
             if getattr(corpus, "path", None) == "":
@@ -340,8 +347,8 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-# Keys that say where a run lives or what a resume may change; they are no part of what the run is.
-_NOT_PART_OF_A_RUN = ("run.directory", "run.cache", "run.accept_changes")
+# Keys that say where a run and its text live or what a resume may change; they are no part of what the run is.
+_NOT_PART_OF_A_RUN = ("run.directory", "run.cache", "run.accept_changes", "data.folder")
 # Keys that are younger than some runs, with their defaults: there they are no part of the fingerprint, so that an older
 # run keeps its own. A star is any name.
 _YOUNGER = {

@@ -1,6 +1,7 @@
 """Where documents come from: every kind of corpus, and the keys of each. `type` in the YAML chooses the kind.
 
-A path is one of this machine, or a URL that fsspec reads: gs://, s3://, https://, ... (see `cpmjax.data.files`).
+A path is one of this machine, or a URL that fsspec reads: gs://, s3://, https://, ... (see `cpmjax.data.files`). A
+relative one starts in `data.folder`.
 """
 
 from __future__ import annotations
@@ -54,6 +55,15 @@ class Jsonl(CorpusConfig):
 
     path: str = ""
     field: str = "text"  # the key that holds the text
+
+
+@CorpusConfig.register_subclass("chat")
+@dataclass(frozen=True)
+class Chat(CorpusConfig):
+    """Like jsonl, but each line is a conversation: the text of it with MiniCPM's markers, <用户>question<AI>answer."""
+
+    path: str = ""
+    field: str = "messages"  # the key that holds [{"role": ..., "content": ...}, ...]
 
 
 @CorpusConfig.register_subclass("parquet")

@@ -6,9 +6,11 @@ from collections import Counter
 import pytest
 
 from cpmjax.data import text, tokenizer
+from cpmjax.data.files import below
 from cpmjax.data.mixture import Mixture, Segment
-from cpmjax.run.config import Config, DataConfig, ModelConfig, RunConfig
+from cpmjax.run.config import Config, DataConfig, ModelConfig, RunConfig, fingerprint
 from cpmjax.run.errors import UserError
+from cpmjax.run.schedule import WSD
 from cpmjax.run.sources import TextFolder
 
 
@@ -65,6 +67,39 @@ def test_shares_and_epochs_are_those_of_the_rows_that_are_read(config):
         assert line == f"rows {begin:,} to {end:,} ({stage}): " + "; ".join(shares)
         begin = end
     assert f"read {read['words'] / found.rows['words'].rows:.2f} times by the end" in description
+
+
+def test_a_corpus_of_weight_0_is_evaluated_and_nothing_else(config):
+    weights = {"stable": config.data.stable | {"others": 0.0}, "decay": {"words": 3.0, "others": 0.0}}
+    zero = dataclasses.replace(config, data=dataclasses.replace(config.data, **weights))
+    made = text.make_tokenizer(zero, print)
+    assert made.model == text.make_tokenizer(config, print).model
+    stores = text.open_stores(zero, made, print)
+    order = text.segments(WSD(warmup=2, stable=8, decay=10), zero.data, 4)
+    assert order == [Segment(40, {"words": 2.0}), Segment(None, {"words": 3.0})]
+    found = text.Text(zero, stores, text.make_mixture(zero, stores, order, 80))
+    assert {found.mixture.locate(position)[0] for position in range(80)} == {"words"}
+    assert set(found.held_out) == {"words", "others"}
+
+
+def test_relative_paths_start_in_the_folder(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def stores(folder, path):
+        corpora = {name: TextFolder(path.format(name)) for name in config.data.corpora}
+        asked = dataclasses.replace(config, data=dataclasses.replace(config.data, corpora=corpora, folder=folder))
+        opened = text.open_stores(asked, text.make_tokenizer(asked, print), print)
+        return {name: store.summary["corpus"] for name, store in opened.items()}, fingerprint(asked)
+
+    absolute, _ = stores("", str(tmp_path / "{}"))
+    assert stores(str(tmp_path), "{}")[0] == stores("not here", str(tmp_path / "{}"))[0] == absolute
+    relative, one = stores("", "{}")
+    assert relative["words"] == repr(TextFolder("words"))  # the folders of stores that are there keep their names
+    assert one == stores(f"../{tmp_path.name}/", "{}")[1]  # where text lies is no part of what a run is
+    assert below("gs://bucket/texts/", "a.txt") == "gs://bucket/texts/a.txt"
+    assert {path: below("texts", path) for path in ("/a", "~/a", "s3://a/b")} == {
+        path: path for path in ("/a", "~/a", "s3://a/b")
+    }
 
 
 def test_no_tokenizer_is_kept_of_a_corpus_that_changes_while_it_is_trained(config, tmp_path, monkeypatch):
