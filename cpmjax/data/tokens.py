@@ -73,10 +73,10 @@ def build_or_open(
 
     `progress` is called with a line for each few megabytes of text. A store is renamed into place when it is
     complete, and is the same whatever the number of cores; of several processes one builds and the others wait. A
-    build that was killed goes on from the last part that is whole (`cpmjax.data.unfinished`), in which every document
-    is still the same. Raises UserError for bad documents (unless
-    `on_bad` is "skip"), for a corpus that is another one when its last document has been read than when the building
-    began, and where the cache cannot be written.
+    build that was killed goes on after the parts that are whole and whose documents are still the same (see
+    `cpmjax.data.unfinished`). Raises UserError for bad documents (unless `on_bad` is "skip"), for a corpus that is
+    another one when its last document has been read than when the building began, and where the cache cannot be
+    written.
     """
     content = content_key(corpus, on_bad)
     parts = (_FORMAT, content, tokenizer.fingerprint, held_out)
