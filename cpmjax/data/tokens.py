@@ -82,10 +82,10 @@ def build_or_open(
     parts = (_FORMAT, content, tokenizer.fingerprint, held_out)
     key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     folder = cache.expanduser() / "tokens" / f"{name}-{key}"
+    building = folder.with_name(folder.name + ".building")
     store = _open(folder, name)
     if store is None:
         try:
-            building = folder.with_name(folder.name + ".building")
             with _only_builder(building, lambda: progress(f"{name}: waiting for another process to tokenise")):
                 store = _open(folder, name)
                 if store is None:
@@ -94,6 +94,7 @@ def build_or_open(
         except OSError as error:
             raise UserError(f"{folder}: {error.strerror}; expected room for tokens there (run.cache)") from error
     assert store is not None
+    shutil.rmtree(building, ignore_errors=True)  # also that of a builder which died right after the renaming
     return store
 
 
@@ -161,7 +162,6 @@ def _build(
     except Exception:
         shutil.rmtree(building, ignore_errors=True)
         raise
-    shutil.rmtree(building, ignore_errors=True)
 
 
 def _encoded(

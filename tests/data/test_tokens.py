@@ -285,6 +285,16 @@ def test_what_nobody_goes_on_with_is_removed_a_week_later(folder, tmp_path):
     assert not leftover.exists()
 
 
+def test_a_kill_right_after_the_renaming_leaves_nothing_for_long(folder, tmp_path, encoded):
+    leftover, _ = killed_at(folder, tmp_path, 8)
+    shutil.copytree(leftover, tmp_path / "copy")
+    build(folder, tmp_path)
+    shutil.copytree(tmp_path / "copy", leftover)
+    del encoded[:]
+    build(folder, tmp_path)
+    assert not encoded and not leftover.exists()
+
+
 def test_builders_that_die_beside_others_leave_them_what_they_made(folder, tmp_path, clean):
     dying = [start_builder(folder, tmp_path / "shared", die_at=4) for _ in range(2)]
     for builder in dying:
