@@ -85,6 +85,10 @@ class Reading:
                 self._digest.update(part)
             yield document
 
+    def text(self) -> str:
+        """Stands for all documents so far."""
+        return self._digest.hexdigest()
+
     def key(self) -> str:
         """What `content_key` says of a corpus in which these are the documents, at this moment."""
         version = _version(self._corpus)

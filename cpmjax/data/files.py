@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol, cast
+from urllib.parse import urlsplit
 
 from cpmjax.data.optional import optional
 from cpmjax.run.errors import Unreachable, UserError
@@ -200,7 +201,9 @@ def _stored(url: str, globs: Sequence[str]) -> list[StoredFile]:
                 raise error.__cause__ from None
             raise UserError(f"{url}: no such file or folder; expected the documents of a corpus there") from error
         if kind == "file" and not url.endswith("/"):  # to HTTP a folder is a file too
-            return [StoredFile(PurePosixPath(root).name, url, system, root)]
+            # A query, "?download=true" or a signature, says nothing of the document, and would hide a .gz before it.
+            path = urlsplit(root).path if root.startswith(("http://", "https://")) else root
+            return [StoredFile(PurePosixPath(path).name, url, system, root)]
         below = root.rstrip("/") + "/"
         paths = {found.removeprefix(below).removeprefix("/"): found for found in system.find(root)}
     names = _matching(url, sorted(paths), globs)

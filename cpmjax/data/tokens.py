@@ -16,9 +16,11 @@ import hashlib
 import json
 import os
 import shutil
-from array import array
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +31,13 @@ from cpmjax.data.corpora import OnBad, Reading, check_unchanged, content_key
 from cpmjax.data.corpora import held_out as is_held_out
 from cpmjax.data.documents import Document
 from cpmjax.data.tokenizer import Tokenizer
-from cpmjax.run.errors import UserError
+from cpmjax.data.unfinished import SPLITS, Rows, Unfinished
+from cpmjax.run.errors import Unreachable, UserError
 from cpmjax.run.sources import CorpusConfig
 
 _FORMAT = 1  # part of the key: a change of layout builds anew
-_SPLITS = ("train", "held_out")
-_CHUNK_CHARACTERS = 4_000_000  # text that is in memory at one time
+_PART_CHARACTERS = 2_000_000  # text that one core encodes at one time
+_KEPT_SECONDS = 7 * 24 * 3600  # for which a build that was interrupted can go on
 
 
 @dataclass(frozen=True)
@@ -69,31 +72,39 @@ def build_or_open(
     """Opens the store of a corpus below `cache`, building it first if it is absent or damaged.
 
     `progress` is called with a line for each few megabytes of text. A store is renamed into place when it is
-    complete; of several processes one builds and the others wait. Raises UserError for bad documents (unless
-    `on_bad` is "skip"), for a corpus that is another one when its last document has been read than when the building
-    began, and where the cache cannot be written.
+    complete, and is the same whatever the number of cores; of several processes one builds and the others wait. A
+    build that was killed goes on after the parts that are whole and whose documents are still the same (see
+    `cpmjax.data.unfinished`). Raises UserError for bad documents (unless `on_bad` is "skip"), for a corpus that is
+    another one when its last document has been read than when the building began, and where the cache cannot be
+    written.
     """
     content = content_key(corpus, on_bad)
     parts = (_FORMAT, content, tokenizer.fingerprint, held_out)
     key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     folder = cache.expanduser() / "tokens" / f"{name}-{key}"
+    building = folder.with_name(folder.name + ".building")
     store = _open(folder, name)
     if store is None:
         try:
-            with _only_builder(folder.parent, lambda: progress(f"{name}: waiting for another process to tokenise")):
+            with _only_builder(building, lambda: progress(f"{name}: waiting for another process to tokenise")):
                 store = _open(folder, name)
                 if store is None:
-                    _build(folder, name, corpus, content, tokenizer, held_out, on_bad, progress)
+                    _build(folder, building, name, corpus, content, tokenizer, held_out, on_bad, progress)
                     store = _open(folder, name)
         except OSError as error:
             raise UserError(f"{folder}: {error.strerror}; expected room for tokens there (run.cache)") from error
     assert store is not None
+    shutil.rmtree(building, ignore_errors=True)  # also that of a builder which died right after the renaming
     return store
 
 
 @contextmanager
-def _only_builder(folder: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Holds the cache's lock, which the kernel frees when a process dies, and removes what dead builders left."""
+def _only_builder(building: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Holds the cache's lock, which the kernel frees when a process dies, and removes what nobody went on with.
+
+    That is what dead builders left, other than `building`, if nothing was written there for a week.
+    """
+    folder = building.parent
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         try:
@@ -102,12 +113,15 @@ def _only_builder(folder: Path, on_wait: Callable[[], None]) -> Iterator[None]:
             on_wait()
             fcntl.flock(lock, fcntl.LOCK_EX)
         for leftover in folder.glob("*.building"):
-            shutil.rmtree(leftover)
+            written = max(path.stat().st_mtime for path in (leftover, *leftover.iterdir()))
+            if leftover != building and time.time() - written > _KEPT_SECONDS:
+                shutil.rmtree(leftover)
         yield
 
 
 def _build(
     folder: Path,
+    building: Path,
     name: str,
     corpus: CorpusConfig,
     content: str,
@@ -116,61 +130,69 @@ def _build(
     on_bad: OnBad,
     progress: Callable[[str], None],
 ) -> None:
-    building = folder.with_name(folder.name + ".building")
-    building.mkdir()
+    """A kill, Ctrl-C and a store that stops answering leave what there is in `building`; other errors leave nothing."""
     reading = Reading(corpus, on_bad)
-    try:
-        with ExitStack() as stack:
-            dtype = _dtype(tokenizer.vocabulary)
-            writers = [stack.enter_context(_SplitWriter(building, split, dtype)) for split in _SPLITS]
-            for chunk in _chunks(reading):
-                rows = tokenizer.encode_documents([document.text for document in chunk])
-                for document, row in zip(chunk, rows, strict=True):
-                    writers[is_held_out(document.name, held_out)].append(document, row)
-                done, tokens = (sum(writer.summary[unit] for writer in writers) for unit in ("documents", "tokens"))
-                progress(f"{name}: {done:,} documents, {tokens:,} tokens")
-        check_unchanged(name, content, reading.key())
-        summary = {
-            "corpus": repr(corpus),
-            "dtype": dtype,
-            "skipped": dict(sorted(reading.skipped.items())),
-            **{writer.split: writer.summary for writer in writers},
+    dtype = _dtype(tokenizer.vocabulary)
+
+    def encode(chunk: list[Document]) -> dict[str, Rows]:
+        split = [is_held_out(document.name, held_out) for document in chunk]
+        return {
+            name: _encode(
+                [document.text for document, out in zip(chunk, split, strict=True) if out is kept], tokenizer, dtype
+            )
+            for name, kept in zip(SPLITS, (False, True), strict=True)
         }
-        (building / "store.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+    try:
+        with Unfinished(building, dtype) as unfinished:
+            if there := unfinished.total("documents"):
+                progress(f"{name}: a build was interrupted; goes on from document {there + 1:,}")
+            for text, rows in _encoded(reading, encode, unfinished.has):
+                unfinished.append(text, rows)
+                done, tokens = (unfinished.total(unit) for unit in ("documents", "tokens"))
+                progress(f"{name}: {done:,} documents, {tokens:,} tokens")
+            check_unchanged(name, content, reading.key())
+            skipped = dict(sorted(reading.skipped.items()))
+            unfinished.finish({"corpus": repr(corpus), "dtype": dtype, "skipped": skipped})
         if folder.exists():  # damaged, or it would have been opened
             shutil.rmtree(folder)
-        building.rename(folder)
-    finally:
+        unfinished.store.rename(folder)
+    except Unreachable:
+        raise
+    except Exception:
         shutil.rmtree(building, ignore_errors=True)
+        raise
 
 
-class _SplitWriter:
-    """Writes the two files of a split as documents come."""
+def _encoded(
+    reading: Reading, encode: Callable[[list[Document]], dict[str, Rows]], is_there: Callable[[str], bool]
+) -> Iterator[tuple[str, dict[str, Rows]]]:
+    """The parts of a corpus that are not there yet, in their order: what stands for its text so far, and the rows.
 
-    def __init__(self, folder: Path, split: str, dtype: str) -> None:
-        self.split = split
-        self.summary = {"documents": 0, "tokens": 0, "bytes": 0}
-        self._folder = folder
-        self._dtype = dtype
-        self._offsets = array("q", [0])
+    Every core encodes one part while the next ones are read. With threads, as sentencepiece lets go of the interpreter;
+    its own threads divide a list of documents beforehand, and all but one may wait for a long one.
+    """
+    cores = os.cpu_count() or 1
+    pending: deque[tuple[str, Future[dict[str, Rows]]]] = deque()
+    with ThreadPoolExecutor(cores) as pool:
+        for chunk in _chunks(reading):
+            text = reading.text()
+            if not is_there(text):
+                pending.append((text, pool.submit(encode, chunk)))
+            if len(pending) > 2 * cores:
+                text, rows = pending.popleft()
+                yield text, rows.result()
+        for text, rows in pending:
+            yield text, rows.result()
 
-    def __enter__(self) -> _SplitWriter:
-        self._file = open(self._folder / f"{self.split}.tokens", "wb")
-        return self
 
-    def append(self, document: Document, ids: np.ndarray) -> None:
-        self._file.write(ids.astype(self._dtype).tobytes())
-        self.summary["documents"] += 1
-        self.summary["tokens"] += len(ids)
-        self.summary["bytes"] += len(document.text.encode())
-        self._offsets.append(self.summary["tokens"])
-
-    def __exit__(self, *_: object) -> None:
-        # The rename must not reach the disk before the data does.
-        with self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        np.save(self._folder / f"{self.split}.offsets.npy", np.array(self._offsets, "<i8"))
+def _encode(texts: list[str], tokenizer: Tokenizer, dtype: str) -> Rows:
+    rows = tokenizer.encode_documents(texts)
+    return Rows(
+        np.concatenate([np.empty(0, dtype), *rows], dtype=dtype, casting="unsafe"),
+        np.array([len(row) for row in rows], np.int64),
+        sum(len(text.encode()) for text in texts),
+    )
 
 
 def _chunks(source: Iterable[Document]) -> Iterator[list[Document]]:
@@ -179,7 +201,7 @@ def _chunks(source: Iterable[Document]) -> Iterator[list[Document]]:
     for document in source:
         chunk.append(document)
         size += len(document.text)
-        if size >= _CHUNK_CHARACTERS:
+        if size >= _PART_CHARACTERS:
             yield chunk
             chunk, size = [], 0
     if chunk:
@@ -190,7 +212,7 @@ def _open(folder: Path, name: str) -> Store | None:
     """None if there is no store, or its files are not what store.json says."""
     try:
         summary = json.loads((folder / "store.json").read_text())
-        train, held_out = (_open_split(folder, name, split, summary) for split in _SPLITS)
+        train, held_out = (_open_split(folder, name, split, summary) for split in SPLITS)
     except (OSError, ValueError, KeyError):
         return None
     return Store(folder.name, train, held_out, summary)

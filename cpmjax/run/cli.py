@@ -115,17 +115,19 @@ def _arguments(argv: Sequence[str]) -> tuple[list[str], Tree]:
             text = next(arguments, "")
         if not text or (not equals and text.startswith("--")):
             raise UserError(f"{_COMMAND_LINE}: --{key} has no value; expected --{key}=VALUE")
-        value = _value(text)
+        value = _value(key, text)
         for part in reversed(key.split(".")):
             value = {part: value}
         tree = _merge(tree, value)
     return files, tree
 
 
-def _value(text: str) -> Any:
+def _value(key: str, text: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError:
+    except yaml.YAMLError as error:
+        if (problem := str(getattr(error, "problem", ""))).endswith("is there twice"):
+            raise UserError(f"{_COMMAND_LINE}: --{key}={text}: {problem}; expected each key once") from error
         return text  # `*.md` is no YAML, but a good glob
 
 

@@ -325,10 +325,19 @@ def _validate_section(prefix: str, section: Any) -> None:
         if dataclasses.is_dataclass(value):
             _validate_section(f"{prefix}{item.name}.", value)
     for key, allowed in section.problems() if hasattr(section, "problems") else ():
-        value = section
-        for part in key.split("."):
-            value = value[part] if isinstance(value, dict) else getattr(value, part)
-        raise UserError(f"{prefix}{key} = {value!r}: expected {allowed}")
+        raise UserError(f"{prefix}{key} = {_value_of(section, key)!r}: expected {allowed}")
+
+
+def _value_of(section: Any, key: str) -> Any:
+    """What a key of a section holds; a name in a mapping, a corpus's, may have dots of its own."""
+    if isinstance(section, dict):
+        name = max((name for name in section if f"{key}.".startswith(f"{name}.")), key=len)
+        value = section[name]
+    else:
+        name = key.partition(".")[0]
+        value = getattr(section, name)
+    rest = key[len(name) + 1 :]
+    return _value_of(value, rest) if rest else value
 
 
 def encode(config: Any) -> dict[str, Any]:

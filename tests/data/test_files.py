@@ -102,6 +102,12 @@ def test_documents_are_the_same_wherever_they_lie(folder, memory, server, kind):
             assert list(documents(kind(f"{url}/{name}"))) == one
 
 
+def test_a_query_is_no_part_of_the_name(folder, server):
+    local = list(documents(Jsonl(str(folder / "sub" / "y.jsonl.gz"))))
+    assert len(local) == 50
+    assert list(documents(Jsonl(f"{server[0]}/sub/y.jsonl.gz?download=true&signature=a/b.txt"))) == local
+
+
 def test_the_key_of_stored_files_changes_with_their_version_and_reads_no_text(folder, server):
     address, requests = server
     corpus = Jsonl(f"{address}/x.jsonl")

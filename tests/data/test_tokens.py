@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,9 +15,10 @@ import pytest
 
 from cpmjax.data import tokens
 from cpmjax.data.corpora import held_out
+from cpmjax.data.files import LocalFile
 from cpmjax.data.tokenizer import Tokenizer, train
 from cpmjax.data.tokens import build_or_open
-from cpmjax.run.errors import UserError
+from cpmjax.run.errors import Unreachable, UserError
 from cpmjax.run.sources import TextFolder
 
 # Builds a store in small chunks in a process of its own, which dies by SIGKILL at the given progress line.
@@ -28,7 +30,7 @@ from cpmjax.data.tokenizer import Tokenizer
 from cpmjax.run.sources import TextFolder
 
 folder, cache, die_at = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-tokens._CHUNK_CHARACTERS = 500
+tokens._PART_CHARACTERS = 500
 lines = []
 
 def progress(line):
@@ -128,16 +130,181 @@ def test_a_damaged_store_is_built_again(folder, tmp_path, damage):
     assert content(tmp_path) == whole
 
 
-def test_a_build_that_was_killed_leaves_nothing_and_repeats_byte_for_byte(folder, tmp_path):
+def documents_of(lines: list[str]) -> list[int]:
+    """How many documents there are, by each progress line that says so."""
+    return [int(found[1].replace(",", "")) for line in lines if (found := re.match(r"books: ([\d,]+) documents", line))]
+
+
+def killed_at(folder: Path, cache: Path, line: int) -> tuple[Path, list[str]]:
+    """What a build leaves that dies at this progress line, and its lines."""
+    builder = start_builder(folder, cache, die_at=line)
+    lines = builder.communicate(timeout=60)[0].splitlines()
+    assert builder.returncode == -signal.SIGKILL
+    assert not list(cache.glob("tokens/*/store.json"))
+    (leftover,) = (cache / "tokens").glob("books-*")
+    return leftover, lines
+
+
+@pytest.fixture
+def clean(folder, tmp_path) -> dict[str, bytes]:
+    """The store of a build that nothing interrupts."""
     build(folder, tmp_path / "clean")
-    killed = start_builder(folder, tmp_path / "killed", die_at=5)
-    killed.communicate(timeout=60)
-    assert killed.returncode == -signal.SIGKILL
-    (leftover,) = (tmp_path / "killed" / "tokens").glob("books-*")
-    assert leftover.suffix == ".building"
-    build(folder, tmp_path / "killed")
-    assert content(tmp_path / "killed") == content(tmp_path / "clean")
+    return content(tmp_path / "clean")
+
+
+@pytest.fixture
+def encoded(monkeypatch) -> list[str]:
+    """Every text that is encoded from now on, in small parts."""
+    monkeypatch.setattr("cpmjax.data.tokens._PART_CHARACTERS", 500)
+    texts: list[str] = []
+    encode = Tokenizer.encode_documents
+    monkeypatch.setattr(Tokenizer, "encode_documents", lambda self, new: (texts.extend(new), encode(self, new))[1])
+    return texts
+
+
+@pytest.mark.parametrize("cores", [1, 7])
+def test_a_store_is_the_same_on_any_number_of_cores(folder, tmp_path, clean, encoded, monkeypatch, cores):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    build(folder, tmp_path / "other")
+    assert len(encoded) == 60
+    assert content(tmp_path / "other") == clean
+
+
+def test_a_build_that_is_killed_again_and_again_goes_on_where_it_was(folder, tmp_path, clean, encoded):
+    cache = tmp_path / "killed"
+    there = 0
+    for at in (1, 4, 6):  # the first line of a build that goes on says that it does
+        leftover, lines = killed_at(folder, cache, at)
+        assert leftover.suffix == ".building"
+        if there:
+            assert lines[0] == f"books: a build was interrupted; goes on from document {there + 1}"
+        counts = documents_of(lines)
+        assert counts[0] > there
+        there = counts[-1]
+    lines: list[str] = []
+    build(folder, cache, progress=lines.append)
+    assert lines[0] == f"books: a build was interrupted; goes on from document {there + 1}"
+    texts = [file.read_text() for file in sorted((folder / "texts").iterdir())]
+    assert sorted(encoded) == sorted(texts[there:]) and 0 < len(encoded) < 40
+    assert content(cache) == clean
     assert not leftover.exists()
+
+
+@pytest.mark.parametrize("file", ["parts.jsonl", "train.ends", "store/train.tokens", "store/held_out.tokens"])
+@pytest.mark.parametrize("damage", ["a bit", "cut short", "longer", "missing"])
+def test_parts_that_are_damaged_are_made_again(folder, tmp_path, clean, encoded, file, damage):
+    leftover, lines = killed_at(folder, tmp_path / "killed", 8)
+    whole = (leftover / file).read_bytes()
+    where = len(whole) // 2
+    match damage:
+        case "a bit":
+            (leftover / file).write_bytes(whole[:where] + bytes([whole[where] ^ 1]) + whole[where + 1 :])
+        case "cut short":
+            (leftover / file).write_bytes(whole[:where])
+        case "longer":  # what a kill leaves between the data of a part and its line
+            (leftover / file).write_bytes(whole + b"7" * 11)
+        case "missing":
+            (leftover / file).unlink()
+    build(folder, tmp_path / "killed")
+    assert content(tmp_path / "killed") == clean
+    kept, there = 60 - len(encoded), documents_of(lines)[-1]
+    assert kept == there if damage == "longer" else kept < there
+    assert kept > 0 or damage == "missing"
+
+
+def test_parts_of_another_tokenizer_or_text_are_never_used(lively, tmp_path, encoded):
+    leftover, _ = killed_at(lively, tmp_path / "killed", 8)
+    build(lively, tmp_path / "killed", text_start="prefix_space")
+    assert len(encoded) == 60
+    first = lively / "texts" / "00.txt"
+    before = first.read_text()
+    first.write_text("another " + before)
+    del encoded[:]
+    store = build(lively, tmp_path / "killed")
+    assert len(encoded) == 60 and store.key != leftover.stem
+    # A build of something else has no say in what the first one can go on with.
+    first.write_text(before)
+    del encoded[:]
+    assert build(lively, tmp_path / "killed").key == leftover.stem
+    assert 0 < len(encoded) < 60
+
+
+def test_parts_of_text_that_was_another_one_while_they_were_made_are_not_used(lively, tmp_path, clean, encoded):
+    """The key was that of the old text when the build began, and it is again when the next one does."""
+    changed = lively / "texts" / "30.txt"
+    before = changed.read_text()
+
+    def stop(line: str) -> None:
+        if len(documents_of([line])) and documents_of([line])[0] < 10:
+            changed.write_text("alpha " + before)
+        elif documents_of([line])[0] > 40:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(lively, tmp_path / "killed", progress=stop)
+    (leftover,) = (tmp_path / "killed" / "tokens").glob("books-*")
+    assert "alpha " + before in encoded
+    changed.write_text(before)
+    del encoded[:]
+    lines: list[str] = []
+    build(lively, tmp_path / "killed", progress=lines.append)
+    assert "goes on from document 4" in lines[0]
+    assert before in encoded and 10 < len(encoded) < 40
+    (store,) = (tmp_path / "killed" / "tokens").glob("books-*")
+    assert store.name == leftover.stem
+    assert [data for name, data in content(tmp_path / "killed").items() if "json" not in name] == [
+        data for name, data in clean.items() if "json" not in name
+    ]
+
+
+def test_a_build_goes_on_once_its_store_answers_again(folder, tmp_path, clean, encoded, monkeypatch):
+    opened = LocalFile.open
+    with monkeypatch.context() as patched:
+
+        def open_some(file: LocalFile):
+            if file.name == "40.txt" and encoded:
+                raise Unreachable("no answer")
+            return opened(file)
+
+        patched.setattr(LocalFile, "open", open_some)
+        with pytest.raises(Unreachable):
+            build(folder, tmp_path / "killed")
+    del encoded[:]
+    build(folder, tmp_path / "killed")
+    assert 0 < len(encoded) < 60
+    assert content(tmp_path / "killed") == clean
+
+
+def test_what_nobody_goes_on_with_is_removed_a_week_later(folder, tmp_path):
+    leftover, _ = killed_at(folder, tmp_path, 3)
+    build(folder, tmp_path, share=0.3)
+    assert leftover.exists()
+    for path in (leftover, *leftover.iterdir()):
+        os.utime(path, (0, 0))
+    build(folder, tmp_path, share=0.4)
+    assert not leftover.exists()
+
+
+def test_a_kill_right_after_the_renaming_leaves_nothing_for_long(folder, tmp_path, encoded):
+    leftover, _ = killed_at(folder, tmp_path, 8)
+    shutil.copytree(leftover, tmp_path / "copy")
+    build(folder, tmp_path)
+    shutil.copytree(tmp_path / "copy", leftover)
+    del encoded[:]
+    build(folder, tmp_path)
+    assert not encoded and not leftover.exists()
+
+
+def test_builders_that_die_beside_others_leave_them_what_they_made(folder, tmp_path, clean):
+    dying = [start_builder(folder, tmp_path / "shared", die_at=4) for _ in range(2)]
+    for builder in dying:
+        builder.communicate(timeout=60)
+    living = [start_builder(folder, tmp_path / "shared") for _ in range(2)]
+    lines = [builder.communicate(timeout=60)[0].splitlines() for builder in living]
+    assert [builder.returncode for builder in dying + living] == [-signal.SIGKILL] * 2 + [0] * 2
+    (said,) = [line for output in lines for line in output if "goes on" in line]
+    assert int(said.rpartition(" ")[2]) > 20
+    assert content(tmp_path / "shared") == clean
 
 
 def test_processes_that_build_at_the_same_time_share_one_store(folder, tmp_path):
@@ -181,7 +348,7 @@ def test_a_store_is_the_same_wherever_the_files_lie(folder, tmp_path):
 @pytest.mark.parametrize("scheme", ["", "file://"])
 @pytest.mark.parametrize("moment", ["before the first chunk", "after it"])
 def test_no_store_comes_of_a_corpus_that_changes_while_it_is_built(lively, tmp_path, monkeypatch, moment, scheme):
-    monkeypatch.setattr("cpmjax.data.tokens._CHUNK_CHARACTERS", 500)
+    monkeypatch.setattr("cpmjax.data.tokens._PART_CHARACTERS", 500)
     before = build(lively, tmp_path / "cache", scheme=scheme, share=0.5)
     kept = content(tmp_path / "cache")
 
