@@ -338,8 +338,7 @@ def _branch(config: Config, user: Tree) -> Config:
         raise UserError(f"run.directory = {_show(directory)}: expected a directory of its own for a branch of {run}")
     if not isinstance(config.schedule, WSD) or _given(user, "schedule", "stable") is not None:
         return config
-    schedule = config.schedule.in_steps(config.tokens_per_step).branch(step)
-    return dataclasses.replace(config, schedule=schedule)
+    return config.branched(config.schedule, step)
 
 
 # Help.

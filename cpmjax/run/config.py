@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import draccus
 
+from cpmjax.run.batch_sizes import BatchSizes
 from cpmjax.run.errors import UserError
 from cpmjax.run.optimizers import Adafactor, AdamW, Lion, Muon, OptimizerConfig, ScheduleFree
 from cpmjax.run.schedule import WSD, Schedule
@@ -186,7 +187,8 @@ class DataConfig:
 @dataclass(frozen=True)
 class TrainingConfig:
     batch_size: int = 16  # rows a step, over all devices
-    accumulation: int = 1  # micro-batches a step; the gradient is that of the whole batch
+    batch_warmup: tuple[tuple[int, int], ...] = ()  # before batch_size: [rows a step, length in schedule.unit], ...
+    accumulation: int = 1  # micro-batches a step of batch_size rows; the gradient is that of the whole batch
     z_loss: float = 0.0  # weight of logsumexp(logits)^2 in the trained loss; the reported loss is without it
     ema: float | None = None  # what each update leaves of the average of parameters; null: no average is kept
     skip_nonfinite: int = 0  # how many steps with a NaN or infinite loss may be skipped before the run stops
@@ -196,12 +198,26 @@ class TrainingConfig:
             yield "batch_size", "a positive whole number"
         elif self.accumulation < 1 or self.batch_size % self.accumulation:
             yield "accumulation", f"a divisor of training.batch_size = {self.batch_size}"
+        elif any(min(stage) < 1 for stage in self.batch_warmup):
+            yield "batch_warmup", "[rows a step, length] of each stage, both positive whole numbers"
+        else:
+            for rows, _ in self.batch_warmup:
+                if rows % (parts := self.micro_batches(rows)):
+                    most = self.batch_size // self.accumulation
+                    yield (
+                        "batch_warmup",
+                        f"not {rows} but a multiple of {parts}, its micro-batches of at most {most} rows",
+                    )
         if self.ema is not None and not 0 < self.ema < 1:
             yield "ema", "a share between 0 and 1, or null"
         if self.z_loss < 0:
             yield "z_loss", "0 or more"
         if self.skip_nonfinite < 0:
             yield "skip_nonfinite", "0 or more"
+
+    def micro_batches(self, rows: int) -> int:
+        """Of a step of so many rows: as few as have no more rows each than those of a step of batch_size."""
+        return -(-rows * self.accumulation // self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -283,8 +299,25 @@ class Config:
     log: LogConfig = LogConfig()
 
     @property
-    def tokens_per_step(self) -> int:
-        return self.training.batch_size * self.data.sequence_length
+    def batches(self) -> BatchSizes:
+        training = self.training
+        return BatchSizes.counted(
+            training.batch_size, self.data.sequence_length, training.batch_warmup, self.schedule.unit
+        )
+
+    def of_batch(self, rows: int) -> Config:
+        """The same experiment with so many rows in every step: what a step of that size is compiled for."""
+        training, accumulation = self.training, self.training.micro_batches(rows)
+        training = dataclasses.replace(training, batch_size=rows, accumulation=accumulation, batch_warmup=())
+        return dataclasses.replace(self, training=training)
+
+    def branched(self, schedule: WSD, step: int) -> Config:
+        """With this schedule, its decay right after `step`; what counted schedule.unit counts steps then."""
+        batches = self.batches
+        if schedule.unit == "tokens":  # the decay keeps its tokens, whatever the batches are there
+            schedule = dataclasses.replace(schedule, stable=batches.tokens(step) - schedule.warmup)
+        training = dataclasses.replace(self.training, batch_warmup=batches.warmup)
+        return dataclasses.replace(self, training=training, schedule=schedule.in_steps(batches).branch(step))
 
     def problems(self) -> Iterator[tuple[str, str]]:
         allowed, kind = _CHECKED[type(self.optimizer)], OptimizerConfig.get_choice_name(type(self.optimizer))
@@ -292,6 +325,10 @@ class Config:
             yield "training.ema", "null with optimizer.type=schedule_free, which has an average of its own"
         if self.model.parametrisation not in allowed:
             yield "model.parametrisation", f"one of {', '.join(allowed)} with optimizer.type={kind}"
+        batches, total = self.batches, self.schedule.in_steps(self.batches).total
+        # A branch from before the end of its parent's warm-up may well end before it does.
+        if self.training.batch_warmup and self.branch.run is None and batches.warmup_steps >= total:
+            yield "training.batch_warmup", f"an end before step {total}, the last, got step {batches.warmup_steps}"
 
 
 # What has passed the coordinate check with each optimizer (`python -m cpmjax.study coordinate-check`; a test repeats
@@ -344,10 +381,11 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 _NOT_PART_OF_A_RUN = ("run.directory", "run.cache", "run.accept_changes")
 # Keys that are younger than some runs, with their defaults: there they are no part of the fingerprint, so that an older
 # run keeps its own. A star is any name.
-_YOUNGER = {
+_YOUNGER: dict[str, Any] = {
     "data.corpora.*.on_end": "repeat",
     "optimizer.type": "adamw",
     "optimizer.state_dtype": "float32",
+    "training.batch_warmup": [],
     "training.ema": None,
 }
 

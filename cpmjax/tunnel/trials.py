@@ -57,9 +57,10 @@ class Trial:
     @property
     def cost(self) -> float:
         """Roughly, in FLOPs: what the estimate of the time left goes by."""
-        steps = self.config.schedule.in_steps(self.config.tokens_per_step).total
+        batches = self.config.batches
+        steps = self.config.schedule.in_steps(batches).total
         per_token = training_flops_per_token(self.config.model, self.config.data.sequence_length)
-        return steps * (per_token * self.config.tokens_per_step + _OVERHEAD_FLOPS)
+        return per_token * batches.tokens(steps) + steps * _OVERHEAD_FLOPS
 
 
 class Trials:

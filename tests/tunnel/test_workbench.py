@@ -35,10 +35,17 @@ def trials(config, names=("minicpm",), modes=("coupled",), rates=(0.01,), seeds=
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, mode", [("minicpm", "coupled"), ("standard", "independent"), ("completep", "scaled")])
-def test_a_trial_is_the_training_job(config, folder, name, mode):
+@pytest.mark.parametrize(
+    "name, mode, keys",
+    [
+        ("minicpm", "coupled", ()),
+        ("standard", "independent", ("--training.batch_warmup=[[2,5]]",)),
+        ("completep", "scaled", ()),
+    ],
+)
+def test_a_trial_is_the_training_job(folder, name, mode, keys):
     """The same keys given to `python -m cpmjax.train` give the same losses, though there they are constants."""
-    axis = Axis("layers", (3,))
+    config, axis = tunnel_jobs.config(folder, *keys), Axis("layers", (3,))
     with tunnel_jobs.workbench(config) as bench:
         (trial,) = trials(config, [name], [mode], [0.03], axis=axis)
         trial = replace(trial, config=replace(trial.config, run=replace(trial.config.run, seed=5)))
@@ -47,6 +54,7 @@ def test_a_trial_is_the_training_job(config, folder, name, mode):
     optimizer = trial.config.optimizer
     jobs.train(
         tunnel_jobs.experiment(folder),
+        *keys,
         f"--run.directory={run}",
         "--run.seed=5",
         "--model.layers=3",
