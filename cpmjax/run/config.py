@@ -331,10 +331,9 @@ class Config:
             yield "training.batch_warmup", f"an end before step {total}, the last, got step {batches.warmup_steps}"
 
 
-# What has passed the coordinate check with each optimizer (`python -m cpmjax.study coordinate-check`; a test repeats
-# it), at the rates that experiments/tunnel/family.yaml names: at smaller ones, the defaults of all but AdamW among
-# them, the logits' first values, which shrink with width, outweigh what is learned. Beside it `standard`, which claims
-# nothing, and, for the optimizer that it is about, Table 7 as printed, to compare with.
+# What has passed the coordinate check with each optimizer at its default rate (`python -m cpmjax.study
+# coordinate-check`; a test repeats it). Beside it `standard`, which claims nothing, and, for the optimizer that it is
+# about, Table 7 as printed, to compare with.
 _CHECKED: dict[type[OptimizerConfig], tuple[str, ...]] = {
     AdamW: typing.get_args(Parametrisation),
     Lion: ("minicpm", "standard"),
