@@ -21,9 +21,10 @@ from typing import Any
 from cpmjax.model.presets import PRESETS
 from cpmjax.parallel.machine import machine
 from cpmjax.run import cli
-from cpmjax.run.config import Config, fingerprint
+from cpmjax.run.config import Config
 from cpmjax.run.directory import now, versions, write_atomically
 from cpmjax.run.errors import UserError
+from cpmjax.run.identity import fingerprint
 from cpmjax.run.optimizers import WeightDecayMode
 from cpmjax.run.table import Row, write_csv
 from cpmjax.tunnel import coordinate_check, figures, transfer

@@ -26,7 +26,6 @@ from cpmjax.model.parameters import count
 from cpmjax.model.presets import PRESETS
 from cpmjax.parallel import compiled
 from cpmjax.parallel.mesh import make_mesh
-from cpmjax.parallel.sharding import named_sharding
 from cpmjax.run import cli
 from cpmjax.run.config import Config
 from cpmjax.run.directory import RunDirectory
@@ -40,7 +39,7 @@ from cpmjax.training.origin import Origin, new_origin, starting_state
 from cpmjax.training.recorder import Recorder
 from cpmjax.training.report import draw_curves, last_screen
 from cpmjax.training.state import abstract_state, averaged_parameters
-from cpmjax.training.step import abstract_batch, make_step, next_token_loss
+from cpmjax.training.step import abstract_batch, batch_sharding, make_step, next_token_loss
 from cpmjax.training.timeline import Timeline
 
 _SECONDS_BETWEEN_PLOTS = 20.0
@@ -70,17 +69,15 @@ def train(config: Config, directory: RunDirectory) -> int:
     # ---- text ----------------------------------------------------------------------------------------------------
     tokenizer = _tokenizer(config, directory, origin)
     stores = open_stores(config, tokenizer, _say)
-    order = segments(timeline.schedule, config.data, config.training.batch_size, origin.step, origin.position)
+    order = segments(timeline.schedule, config.data, config.batches, origin.step, origin.position)
     text = Text(config, stores, make_mixture(config, stores, order, timeline.position(timeline.total)))
 
     # ---- model, optimizer, step ----------------------------------------------------------------------------------
     mesh = make_mesh(config.mesh)
-    micro_batch = (config.training.batch_size // config.training.accumulation, config.data.sequence_length)
-    by_row = named_sharding(mesh, ("rows", "length"), micro_batch, "a micro-batch (training, data.sequence_length)")
+    by_row = batch_sharding(mesh, config)
     throughput = Throughput(config)
     optimizer = make_optimizer(config.model, config.optimizer)
     loss = next_token_loss(config.model, config.compute, config.training.z_loss)
-    step_function = make_step(config.model, loss, optimizer, config.training.accumulation, config.training.ema)
     _say(mup.describe(config.model, config.optimizer))
     _say(f"{count(config.model):,} parameters, {count(config.model, embeddings=False):,} of them not embeddings")
     _say(text.describe(origin.position, timeline.stage_ends()))
@@ -88,11 +85,16 @@ def train(config: Config, directory: RunDirectory) -> int:
         stack.enter_context(jax.set_mesh(mesh))
         abstract = abstract_state(config.model, optimizer, mesh, averaged=config.training.ema is not None)
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
-        jitted = jax.jit(step_function, donate_argnums=0, out_shardings=(shardings, None))
-        compile_began = time.perf_counter()
-        run_step = jitted.lower(abstract, abstract_batch(config, by_row), timeline.rates(1)).compile()
-        _say(f"compiled in {time.perf_counter() - compile_began:.1f} s for {mesh.size} x {mesh.devices.flat[0]}")
-        _say(compiled.describe(compiled.memory(run_step), compiled.device_memory(mesh.devices.flat[0])))
+        programs: dict[int, jax.stages.Compiled] = {}
+        for rows in timeline.batch_sizes():  # one program each: what it takes is known before the first step
+            each = config.of_batch(rows)
+            step_function = make_step(config.model, loss, optimizer, each.training.accumulation, config.training.ema)
+            jitted = jax.jit(step_function, donate_argnums=0, out_shardings=(shardings, None))
+            compile_began = time.perf_counter()
+            programs[rows] = jitted.lower(abstract, abstract_batch(each, by_row), timeline.rates(1)).compile()
+            took = f"compiled in {time.perf_counter() - compile_began:.1f} s"
+            _say(f"{rows} rows a step: {took} for {mesh.size} x {mesh.devices.flat[0]}")
+            _say(compiled.describe(compiled.memory(programs[rows]), compiled.device_memory(mesh.devices.flat[0])))
 
         # ---- where it stands: nothing was written to the run before all of the above had worked ------------------
         if not resumes:
@@ -128,12 +130,12 @@ def train(config: Config, directory: RunDirectory) -> int:
         with (
             contextlib.closing(Log(directory, config, start, timeline.total)) as log,
             StopRequest() as stop,
-            Loader(text.batches, timeline.position(start), config.training.batch_size, by_row) as loader,
+            Loader(text.batches, timeline.batches(start), by_row) as loader,
         ):
             throughput.start()
             recorder = Recorder(log, timeline, throughput, start, int(state.skipped), checkpoints.newest)
-            for step in range(start + 1, timeline.total + 1):
-                state, metrics = run_step(state, next(loader), timeline.rates(step))
+            for step, batch in enumerate(loader, start + 1):
+                state, metrics = programs[len(batch["tokens"])](state, batch, timeline.rates(step))
                 recorder.add(step, metrics)
                 if timeline.evaluates(step):
                     jax.block_until_ready(metrics)
@@ -156,7 +158,8 @@ def train(config: Config, directory: RunDirectory) -> int:
             recorder.flush()
             checkpoints.wait()
             saved = checkpoints.steps()
-            _say(f"{throughput.summary(step - start)}; {loader.waited:.1f} s of it waiting for data")
+            rate = throughput.summary(step - start, timeline.tokens(step) - timeline.tokens(start))
+            _say(f"{rate}; {loader.waited:.1f} s of it waiting for data")
         draw_curves(directory, timeline)
     if step < timeline.total:
         _say(f"{stop.received}: saved step {step} of {timeline.total}; the same command goes on from there")

@@ -12,8 +12,9 @@ import pytest
 
 import cpmjax
 from cpmjax.run import cli
-from cpmjax.run.config import Config, encode, flatten
+from cpmjax.run.config import Config
 from cpmjax.run.directory import RunDirectory
+from cpmjax.run.identity import encode, flatten
 from cpmjax.train import main
 
 STEPS = 6

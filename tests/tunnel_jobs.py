@@ -79,7 +79,7 @@ def made_up_coordinates(
     rows = []
     for size, seed, step in np.ndindex(4, 2, len(STEPS)):
         size = 2 ** (size + 1)
-        for each in ("embedding", "attention 0", "attention 1", "final hidden", "logits", "spectral gate"):
+        for each in ("embedding", "attention 0", "attention 1", "final hidden", "logits", "loss", "spectral gate"):
             numbers = {"size": 1.0 + seed, "change": 2.0 + seed}
             if each == quantity and STEPS[step] == 3:
                 numbers[kind] *= size**power

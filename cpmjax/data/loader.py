@@ -5,9 +5,10 @@ B rows a step, L tokens a row.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -19,29 +20,24 @@ _AHEAD = 2  # batches made before they are asked for
 
 
 class Loader:
-    """An endless iterator of batches {name: array [B, L]} on the mesh; close it, or use it in a `with`.
+    """An iterator of batches {name: array [B, L]} on the mesh; close it, or use it in a `with`.
 
     `batch_at(position, size)` makes rows position to position + size; each process asks only for the rows that its
-    own devices hold. The first batch begins at `position`, each next one `stride` rows (B) further. What `batch_at`
-    raises reaches the consumer with the batch that it belongs to.
+    own devices hold. `wanted` is the position and the size (B) of each batch. What `batch_at` raises reaches the
+    consumer with the batch that it belongs to.
     """
 
     def __init__(
         self,
         batch_at: Callable[[int, int], dict[str, np.ndarray]],
-        position: int,
-        stride: int,
+        wanted: Iterable[tuple[int, int]],
         sharding: NamedSharding,
     ) -> None:
         self.waited = 0.0  # seconds that the consumer has waited
         self._batch_at = batch_at
-        self._position = position
-        self._stride = stride
+        self._wanted = iter(wanted)
         self._sharding = sharding
-        # Which rows live here, whatever the sharding does with the other axis.
-        by_row = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
-        local = by_row.addressable_devices_indices_map((stride,)).values()
-        self._local_rows = {rows.indices(stride)[:2] for (rows,) in filter(None, local)}
+        self._by_row = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         self._pending: deque[Future[dict[str, jax.Array]]] = deque()
         for _ in range(_AHEAD):
@@ -51,6 +47,8 @@ class Loader:
         return self
 
     def __next__(self) -> dict[str, jax.Array]:
+        if not self._pending:
+            raise StopIteration
         start = time.perf_counter()
         batch = self._pending.popleft().result()
         self.waited += time.perf_counter() - start
@@ -68,17 +66,20 @@ class Loader:
         self._pool.shutdown(cancel_futures=True)
 
     def _prefetch(self) -> None:
-        self._pending.append(self._pool.submit(self._make, self._position))
-        self._position += self._stride
+        for position, size in itertools.islice(self._wanted, 1):
+            self._pending.append(self._pool.submit(self._make, position, size))
 
-    def _make(self, position: int) -> dict[str, jax.Array]:
-        parts = {(start, stop): self._batch_at(position + start, stop - start) for start, stop in self._local_rows}
+    def _make(self, position: int, size: int) -> dict[str, jax.Array]:
+        # Which rows live here, whatever the sharding does with the other axis.
+        local = self._by_row.addressable_devices_indices_map((size,)).values()
+        here = {rows.indices(size)[:2] for (rows,) in filter(None, local)}
+        parts = {(start, stop): self._batch_at(position + start, stop - start) for start, stop in here}
 
         def place(key: str, length: int) -> jax.Array:
             def shard(index: Any) -> np.ndarray:
-                return parts[index[0].indices(self._stride)[:2]][key][:, index[1]]
+                return parts[index[0].indices(size)[:2]][key][:, index[1]]
 
-            return jax.make_array_from_callback((self._stride, length), self._sharding, shard)
+            return jax.make_array_from_callback((size, length), self._sharding, shard)
 
         first = next(iter(parts.values()))
         return {key: place(key, rows.shape[1]) for key, rows in first.items()}

@@ -14,6 +14,7 @@ from cpmjax.data.corpora import check_unchanged, content_key, documents, held_ou
 from cpmjax.data.mixture import Mixture, Segment, run_out
 from cpmjax.data.tokenizer import Tokenizer
 from cpmjax.data.tokens import Store, build_or_open
+from cpmjax.run.batch_sizes import BatchSizes
 from cpmjax.run.config import Config, DataConfig
 from cpmjax.run.directory import write_atomically
 from cpmjax.run.errors import UserError
@@ -35,7 +36,8 @@ class Text:
 
     def _check_batch(self, config: Config) -> None:
         """Raises UserError if a batch would hold the same row of a corpus more than once."""
-        size = config.training.batch_size
+        sizes = [config.training.batch_size, *(rows for rows, _ in config.training.batch_warmup)]
+        size, key = max(zip(sizes, ["batch_size", *["batch_warmup"] * len(sizes)], strict=False))
         for stage in ("stable", "decay"):
             weights = config.data.weights(stage)
             for name, weight in weights.items():
@@ -44,7 +46,7 @@ class Text:
                 if rows.rows < share:
                     raise UserError(
                         f"corpus {name}: {rows.rows} rows of {rows.length} tokens; expected at least the {share} that "
-                        f"a batch takes of it: add text, or lower training.batch_size = {size}"
+                        f"a batch takes of it: add text, or lower training.{key} = {size}"
                     )
 
     def describe(self, begin: int, stages: Sequence[tuple[str, int]]) -> str:
@@ -155,7 +157,7 @@ def make_mixture(config: Config, stores: dict[str, Store], order: Sequence[Segme
 
 
 def segments(
-    schedule: Schedule, data: DataConfig, batch_size: int, first_step: int = 0, first_position: int = 0
+    schedule: Schedule, data: DataConfig, batches: BatchSizes, first_step: int = 0, first_position: int = 0
 ) -> list[Segment]:
     """The mixture of every row: the decay's in the decay stages of the schedule (in steps), the stable one elsewhere.
 
@@ -164,13 +166,13 @@ def segments(
     `first_step`: a parent of another batch size, or none known) counts those rows as stable ones.
     """
     pieces: list[tuple[int, dict[str, float]]] = []
-    if first_position != first_step * batch_size:
+    if first_position != batches.rows(first_step):
         pieces.append((first_position, data.weights("stable")))
     else:
         first_step = 0
     for stage in schedule.stages():
-        steps = stage.last - max(stage.first - 1, first_step)
-        pieces.append((max(0, steps) * batch_size, data.weights(stage.name)))
+        rows = batches.rows(max(stage.last, first_step)) - batches.rows(max(stage.first - 1, first_step))
+        pieces.append((rows, data.weights(stage.name)))
     merged: list[tuple[int, dict[str, float]]] = []
     for rows, weights in pieces:
         if merged and merged[-1][1] == weights:

@@ -14,8 +14,9 @@ from typing import Any
 
 from cpmjax.model.presets import PRESETS
 from cpmjax.run import cli
-from cpmjax.run.config import Config, ModelConfig, encode
+from cpmjax.run.config import Config, ModelConfig
 from cpmjax.run.errors import UserError
+from cpmjax.run.identity import encode
 from cpmjax.run.table import aligned
 
 _FILE = re.compile(r"(?:(?:pytorch_)?model|checkpoint|step|iter)?[._-]?(\d+)(?:\.(?:bin|pt|pth|safetensors))?")
@@ -86,10 +87,10 @@ class Chronology:
         """step, tokens, stage and learning rate of a checkpoint; its stage is "imported" where nothing is known."""
         if not self._knows(config.model):
             return {"step": step, "tokens": None, "stage": "imported", "learning_rate": None}
-        schedule = config.schedule.in_steps(config.tokens_per_step)
+        schedule = config.schedule.in_steps(config.batches)
         return {
             "step": step,
-            "tokens": step * config.tokens_per_step,
+            "tokens": config.batches.tokens(step),
             "stage": schedule.stage(step),
             "learning_rate": config.optimizer.learning_rate * schedule.factor(step),
         }

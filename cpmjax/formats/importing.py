@@ -24,9 +24,10 @@ from cpmjax.formats.loading import Stored
 from cpmjax.formats.sources import Candidate
 from cpmjax.model.weights import checksum
 from cpmjax.run import cli
-from cpmjax.run.config import CheckpointConfig, Config, differences, encode
+from cpmjax.run.config import CheckpointConfig, Config
 from cpmjax.run.directory import RunDirectory
 from cpmjax.run.errors import DiskFull, Unreachable, UserError
+from cpmjax.run.identity import differences, encode
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,9 @@ from typing import Any, Literal, NoReturn
 import draccus
 import yaml
 
-from cpmjax.run.config import Config, encode, fingerprint, validate
+from cpmjax.run.config import Config, validate
 from cpmjax.run.errors import UserError
+from cpmjax.run.identity import encode, fingerprint
 from cpmjax.run.schedule import WSD
 
 Tree = dict[str, Any]
@@ -340,8 +341,7 @@ def _branch(config: Config, user: Tree) -> Config:
         raise UserError(f"run.directory = {_show(directory)}: expected a directory of its own for a branch of {run}")
     if not isinstance(config.schedule, WSD) or _given(user, "schedule", "stable") is not None:
         return config
-    schedule = config.schedule.in_steps(config.tokens_per_step).branch(step)
-    return dataclasses.replace(config, schedule=schedule)
+    return config.branched(config.schedule, step)
 
 
 # Help.

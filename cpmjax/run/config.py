@@ -7,17 +7,13 @@ steps unless said otherwise; a row is one packed sequence of `data.sequence_leng
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
-import hashlib
-import json
 import math
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import draccus
-
+from cpmjax.run.batch_sizes import BatchSizes
 from cpmjax.run.errors import UserError
 from cpmjax.run.optimizers import Adafactor, AdamW, Lion, Muon, OptimizerConfig, ScheduleFree
 from cpmjax.run.schedule import WSD, Schedule
@@ -193,7 +189,8 @@ class DataConfig:
 @dataclass(frozen=True)
 class TrainingConfig:
     batch_size: int = 16  # rows a step, over all devices
-    accumulation: int = 1  # micro-batches a step; the gradient is that of the whole batch
+    batch_warmup: tuple[tuple[int, int], ...] = ()  # before batch_size: [rows a step, length in schedule.unit], ...
+    accumulation: int = 1  # micro-batches a step of batch_size rows; the gradient is that of the whole batch
     z_loss: float = 0.0  # weight of logsumexp(logits)^2 in the trained loss; the reported loss is without it
     ema: float | None = None  # what each update leaves of the average of parameters; null: no average is kept
     skip_nonfinite: int = 0  # how many steps with a NaN or infinite loss may be skipped before the run stops
@@ -203,12 +200,26 @@ class TrainingConfig:
             yield "batch_size", "a positive whole number"
         elif self.accumulation < 1 or self.batch_size % self.accumulation:
             yield "accumulation", f"a divisor of training.batch_size = {self.batch_size}"
+        elif any(min(stage) < 1 for stage in self.batch_warmup):
+            yield "batch_warmup", "[rows a step, length] of each stage, both positive whole numbers"
+        else:
+            for rows, _ in self.batch_warmup:
+                if rows % (parts := self.micro_batches(rows)):
+                    most = self.batch_size // self.accumulation
+                    yield (
+                        "batch_warmup",
+                        f"not {rows} but a multiple of {parts}, its micro-batches of at most {most} rows",
+                    )
         if self.ema is not None and not 0 < self.ema < 1:
             yield "ema", "a share between 0 and 1, or null"
         if self.z_loss < 0:
             yield "z_loss", "0 or more"
         if self.skip_nonfinite < 0:
             yield "skip_nonfinite", "0 or more"
+
+    def micro_batches(self, rows: int) -> int:
+        """Of a step of so many rows: as few as have no more rows each than those of a step of batch_size."""
+        return -(-rows * self.accumulation // self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -290,8 +301,25 @@ class Config:
     log: LogConfig = LogConfig()
 
     @property
-    def tokens_per_step(self) -> int:
-        return self.training.batch_size * self.data.sequence_length
+    def batches(self) -> BatchSizes:
+        training = self.training
+        return BatchSizes.counted(
+            training.batch_size, self.data.sequence_length, training.batch_warmup, self.schedule.unit
+        )
+
+    def of_batch(self, rows: int) -> Config:
+        """The same experiment with so many rows in every step: what a step of that size is compiled for."""
+        training, accumulation = self.training, self.training.micro_batches(rows)
+        training = dataclasses.replace(training, batch_size=rows, accumulation=accumulation, batch_warmup=())
+        return dataclasses.replace(self, training=training)
+
+    def branched(self, schedule: WSD, step: int) -> Config:
+        """With this schedule, its decay right after `step`; what counted schedule.unit counts steps then."""
+        batches = self.batches
+        if schedule.unit == "tokens":  # the decay keeps its tokens, whatever the batches are there
+            schedule = dataclasses.replace(schedule, stable=batches.tokens(step) - schedule.warmup)
+        training = dataclasses.replace(self.training, batch_warmup=batches.warmup)
+        return dataclasses.replace(self, training=training, schedule=schedule.in_steps(batches).branch(step))
 
     def problems(self) -> Iterator[tuple[str, str]]:
         allowed, kind = _CHECKED[type(self.optimizer)], OptimizerConfig.get_choice_name(type(self.optimizer))
@@ -299,12 +327,15 @@ class Config:
             yield "training.ema", "null with optimizer.type=schedule_free, which has an average of its own"
         if self.model.parametrisation not in allowed:
             yield "model.parametrisation", f"one of {', '.join(allowed)} with optimizer.type={kind}"
+        batches, total = self.batches, self.schedule.in_steps(self.batches).total
+        # A branch from before the end of its parent's warm-up may well end before it does.
+        if self.training.batch_warmup and self.branch.run is None and batches.warmup_steps >= total:
+            yield "training.batch_warmup", f"an end before step {total}, the last, got step {batches.warmup_steps}"
 
 
-# What has passed the coordinate check with each optimizer (`python -m cpmjax.study coordinate-check`; a test repeats
-# it), at the rates that experiments/tunnel/family.yaml names: at smaller ones, the defaults of all but AdamW among
-# them, the logits' first values, which shrink with width, outweigh what is learned. Beside it `standard`, which claims
-# nothing, and, for the optimizer that it is about, Table 7 as printed, to compare with.
+# What has passed the coordinate check with each optimizer at its default rate (`python -m cpmjax.study
+# coordinate-check`; a test repeats it). Beside it `standard`, which claims nothing, and, for the optimizer that it is
+# about, Table 7 as printed, to compare with.
 _CHECKED: dict[type[OptimizerConfig], tuple[str, ...]] = {
     AdamW: typing.get_args(Parametrisation),
     Lion: ("minicpm", "standard"),
@@ -338,54 +369,3 @@ def _value_of(section: Any, key: str) -> Any:
         value = getattr(section, name)
     rest = key[len(name) + 1 :]
     return _value_of(value, rest) if rest else value
-
-
-def encode(config: Any) -> dict[str, Any]:
-    """The configuration as plain nested dicts and lists, as YAML and JSON hold it."""
-    return json.loads(json.dumps(draccus.encode(config)))
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}. Lists and empty dicts are values."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-# Keys that say where a run and its text live or what a resume may change; they are no part of what the run is.
-_NOT_PART_OF_A_RUN = ("run.directory", "run.cache", "run.accept_changes", "data.folder")
-# Keys that are younger than some runs, with their defaults: there they are no part of the fingerprint, so that an older
-# run keeps its own. A star is any name.
-_YOUNGER = {
-    "data.corpora.*.on_end": "repeat",
-    "optimizer.type": "adamw",
-    "optimizer.state_dtype": "float32",
-    "training.ema": None,
-}
-
-
-def comparable(tree: dict[str, Any]) -> dict[str, Any]:
-    """The flat keys of an encoded configuration that make two runs the same run."""
-    return {key: value for key, value in flatten(tree).items() if not key.startswith(_NOT_PART_OF_A_RUN)}
-
-
-def fingerprint(config: Config) -> str:
-    """12 hexadecimal digits; equal for equal experiments, wherever they run."""
-
-    def as_before(key: str, value: Any) -> bool:
-        return any(fnmatch.fnmatchcase(key, younger) and value == default for younger, default in _YOUNGER.items())
-
-    keys = {key: value for key, value in comparable(encode(config)).items() if not as_before(key, value)}
-    text = json.dumps(keys, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """{key: (old value, new value)} between two encoded configurations; None where a side lacks the key."""
-    before, after = comparable(old), comparable(new)
-    keys = sorted(before.keys() | after.keys())
-    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}

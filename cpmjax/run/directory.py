@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from cpmjax.run.cli import decode, dump, read_yaml
-from cpmjax.run.config import Config, differences, encode
+from cpmjax.run.config import Config
 from cpmjax.run.errors import UserError
+from cpmjax.run.identity import differences, encode
 
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "cpmjax")
 _FIRST_WORDS = b"# fingerprint: "  # of every config.yaml, see dump

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -60,9 +61,7 @@ def _figure(content: Any, records: Records, parent: Records, stages: Sequence[St
     steps = [record["step"] for record in (*parent, *records)]
     first, end = min(steps, default=0), max(steps, default=0)
     axes.set_xlim(first, end + 0.01 * (end - first) + 1)  # room for half a marker
-    last = max(records, key=lambda record: record["step"], default={})
-    tokens = f" ({last['tokens'] / last['step']:,.0f} tokens each)" if last.get("tokens") and last["step"] else ""
-    axes.set_xlabel(f"step{tokens}", fontsize=12)
+    axes.set_xlabel(f"step{_tokens_each(records)}", fontsize=12)
     axes.set_title(name, fontsize=14, fontweight="bold", loc="left", pad=10)
     axes.tick_params(labelsize=11)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
@@ -74,6 +73,15 @@ def _figure(content: Any, records: Records, parent: Records, stages: Sequence[St
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return png.getvalue()
+
+
+def _tokens_each(records: Records) -> str:
+    """How many tokens a step takes: one number, or two where the batch changes."""
+    known = sorted({record["step"]: record["tokens"] for record in records if record.get("tokens")}.items())
+    pairs = list(itertools.pairwise(known)) or [((0, 0), place) for place in known if place[0]]
+    sizes = [(tokens - before) / (step - start) for (start, before), (step, tokens) in pairs]
+    each = dict.fromkeys(f"{size:,.0f}" for size in (min(sizes, default=0), max(sizes, default=0)) if size)
+    return f" ({' to '.join(each)} tokens each)" if each else ""
 
 
 def _shade(axes: Any, stages: Sequence[Stage]) -> None:

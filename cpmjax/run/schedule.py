@@ -20,6 +20,7 @@ from typing import Any, Literal, Self
 import draccus
 import numpy as np
 
+from cpmjax.run.batch_sizes import BatchSizes
 from cpmjax.run.errors import UserError
 
 Shape = Literal["half_life", "exponential", "linear", "cosine", "one_minus_sqrt", "one_minus_square", "inverse"]
@@ -89,10 +90,21 @@ def _decay_problems(shape: Shape, floor: float, half_life: float | None) -> Iter
         yield "half_life", f"null with shape {shape}"
 
 
-def _in_steps(lengths: Sequence[int], tokens_per_step: int) -> list[int]:
+def _in_steps(lengths: Sequence[int], batches: BatchSizes) -> list[int]:
     """Lengths in tokens, one after the other -> lengths in steps: each boundary is rounded up, not each length."""
-    ends = [-(-end // tokens_per_step) for end in itertools.accumulate(lengths)]
+    ends = [batches.steps(end) for end in itertools.accumulate(lengths)]
     return [end - start for start, end in itertools.pairwise([0, *ends])]
+
+
+def _tokens_per_step(key: str, batches: BatchSizes, after: int, last: int) -> int:
+    """Of the updates that follow `after`, for a length in tokens that repeats there. Raises UserError if it changes."""
+    sizes = batches.used(after, max(last, after + 1))
+    if len(sizes) > 1:
+        raise UserError(
+            f"schedule.{key} in tokens: expected batches of one size where it holds, steps {after + 1} to {last}, not "
+            f"{' and '.join(map(str, sizes))} rows (training.batch_warmup); in steps it may be anything"
+        )
+    return sizes[0] * batches.row_tokens
 
 
 @dataclass(frozen=True)
@@ -107,22 +119,24 @@ class Schedule(draccus.ChoiceRegistry):
     def _pieces(self) -> list[_Piece]:
         raise NotImplementedError
 
-    def _lengths_in_steps(self, tokens_per_step: int) -> dict[str, Any]:
+    def _lengths_in_steps(self, batches: BatchSizes) -> dict[str, Any]:
         raise NotImplementedError
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """(key, what is allowed) for each impossible value."""
         raise NotImplementedError
 
-    def in_steps(self, tokens_per_step: int) -> Self:
-        """The same schedule counted in steps, each boundary rounded up to a whole step."""
+    def in_steps(self, batches: BatchSizes) -> Self:
+        """The same schedule counted in steps, each boundary rounded up to a whole step; between boundaries, progress is
+        that of the steps also where batches grow. Raises UserError if they do while a half-life or half-period holds.
+        """
         if self.unit == "steps":
             return self
-        return dataclasses.replace(self, unit="steps", **self._lengths_in_steps(tokens_per_step))
+        return dataclasses.replace(self, unit="steps", **self._lengths_in_steps(batches))
 
     def _require_steps(self) -> None:
         if self.unit != "steps":
-            raise ValueError("a schedule in tokens has no steps: call in_steps(tokens_per_step) first")
+            raise ValueError("a schedule in tokens has no steps: call in_steps(batches) first")
 
     def _timeline(self) -> Iterator[tuple[int, _Piece]]:
         """Every piece that is not empty, with the number of updates before it."""
@@ -189,9 +203,10 @@ class WSD(Schedule):
         decay = _decay(self.decay, self.shape, self.floor, self.half_life)
         return [_warmup(self.warmup), _stable(self.stable), decay]
 
-    def _lengths_in_steps(self, tokens_per_step: int) -> dict[str, Any]:
-        warmup, stable, decay = _in_steps((self.warmup, self.stable, self.decay), tokens_per_step)
-        half_life = None if self.half_life is None else self.half_life / tokens_per_step
+    def _lengths_in_steps(self, batches: BatchSizes) -> dict[str, Any]:
+        warmup, stable, decay = _in_steps((self.warmup, self.stable, self.decay), batches)
+        after = warmup + stable
+        half_life = self.half_life and self.half_life / _tokens_per_step("half_life", batches, after, after + decay)
         return {"warmup": warmup, "stable": stable, "decay": decay, "half_life": half_life}
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -226,9 +241,10 @@ class WSDS(Schedule):
             pieces += [_stable(stable), _decay(decay, self.shape, self.floor, self.half_life)]
         return pieces
 
-    def _lengths_in_steps(self, tokens_per_step: int) -> dict[str, Any]:
-        warmup, *rest = _in_steps((self.warmup, *itertools.chain(*self.cycles)), tokens_per_step)
-        half_life = None if self.half_life is None else self.half_life / tokens_per_step
+    def _lengths_in_steps(self, batches: BatchSizes) -> dict[str, Any]:
+        warmup, *rest = _in_steps((self.warmup, *itertools.chain(*self.cycles)), batches)
+        after, last = warmup + rest[0], warmup + sum(rest)
+        half_life = self.half_life and self.half_life / _tokens_per_step("half_life", batches, after, last)
         return {"warmup": warmup, "cycles": tuple(zip(rest[::2], rest[1::2], strict=True)), "half_life": half_life}
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -254,8 +270,8 @@ class Cosine(Schedule):
         cosine = _Piece("cosine", self.length, lambda elapsed, xp: _cosine(elapsed, self.length, self.floor, xp))
         return [_warmup(self.warmup), cosine]
 
-    def _lengths_in_steps(self, tokens_per_step: int) -> dict[str, Any]:
-        warmup, length = _in_steps((self.warmup, self.length), tokens_per_step)
+    def _lengths_in_steps(self, batches: BatchSizes) -> dict[str, Any]:
+        warmup, length = _in_steps((self.warmup, self.length), batches)
         return {"warmup": warmup, "length": length}
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -275,9 +291,11 @@ class CosineLoop(Cosine):
         cosine = _Piece("cosine", self.length, lambda elapsed, xp: _cosine(elapsed, self.half_period, self.floor, xp))
         return [_warmup(self.warmup), cosine]
 
-    def _lengths_in_steps(self, tokens_per_step: int) -> dict[str, Any]:
-        (half_period,) = _in_steps((self.half_period,), tokens_per_step)
-        return super()._lengths_in_steps(tokens_per_step) | {"half_period": half_period}
+    def _lengths_in_steps(self, batches: BatchSizes) -> dict[str, Any]:
+        lengths = super()._lengths_in_steps(batches)
+        warmup, length = lengths["warmup"], lengths["length"]
+        tokens = _tokens_per_step("half_period", batches, warmup, warmup + length)
+        return lengths | {"half_period": -(-self.half_period // tokens)}
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from super().problems()
@@ -296,8 +314,8 @@ class Constant(Schedule):
     def _pieces(self) -> list[_Piece]:
         return [_warmup(self.warmup), _stable(self.length)]
 
-    def _lengths_in_steps(self, tokens_per_step: int) -> dict[str, Any]:
-        warmup, length = _in_steps((self.warmup, self.length), tokens_per_step)
+    def _lengths_in_steps(self, batches: BatchSizes) -> dict[str, Any]:
+        warmup, length = _in_steps((self.warmup, self.length), batches)
         return {"warmup": warmup, "length": length}
 
     def problems(self) -> Iterator[tuple[str, str]]:

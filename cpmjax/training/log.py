@@ -11,9 +11,10 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from cpmjax.run.config import Config, encode
+from cpmjax.run.config import Config
 from cpmjax.run.directory import Lines, RunDirectory
 from cpmjax.run.errors import UserError
+from cpmjax.run.identity import encode
 
 _SECONDS_BETWEEN_LINES = 10.0  # in a log that is no terminal
 _SHOWN_CHARACTERS = 80  # of a sample

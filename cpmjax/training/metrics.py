@@ -30,7 +30,6 @@ class Throughput:
     """
 
     def __init__(self, config: Config):
-        self._tokens_per_step = config.tokens_per_step
         self._flops_per_token = training_flops_per_token(config.model, config.data.sequence_length)
         peak, source = peak_flops(jax.devices()[0])
         self._peak = peak * jax.device_count()
@@ -51,18 +50,18 @@ class Throughput:
         yield
         self._paused += time.perf_counter() - began
 
-    def measure(self, steps: int) -> dict[str, float]:
-        """The clock's part of a metrics line, over the steps since the last one."""
+    def measure(self, tokens: int) -> dict[str, float]:
+        """The clock's part of a metrics line, over the tokens since the last one."""
         now = time.perf_counter()
-        rate = steps * self._tokens_per_step / max(now - self._last - self._paused, 1e-9)
+        rate = tokens / max(now - self._last - self._paused, 1e-9)
         self._paused_in_all += self._paused
         self._last, self._paused = now, 0.0
         mfu = rate * self._flops_per_token / self._peak
         return {"tokens_per_second": rate, "mfu": mfu, "seconds": now - self._start}
 
-    def summary(self, steps: int) -> str:
+    def summary(self, steps: int, tokens: int) -> str:
         elapsed = time.perf_counter() - self._start
         training = max(elapsed - self._paused_in_all - self._paused, 1e-9)
-        rate = steps * self._tokens_per_step / training
+        rate = tokens / training
         mfu = rate * self._flops_per_token / self._peak
         return f"{steps} steps in {elapsed:.1f} s, {rate:,.0f} tokens/s and MFU {mfu:.1%} without evaluation and saving"

@@ -11,9 +11,10 @@ import optax
 
 from cpmjax.checkpoint.store import Checkpoints
 from cpmjax.run import cli
-from cpmjax.run.config import Config, differences, encode, fingerprint
+from cpmjax.run.config import Config
 from cpmjax.run.directory import RunDirectory
 from cpmjax.run.errors import UserError
+from cpmjax.run.identity import differences, encode, fingerprint
 from cpmjax.training.average import Average, new_average
 from cpmjax.training.state import TrainState, create_state
 

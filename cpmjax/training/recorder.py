@@ -45,7 +45,7 @@ class Recorder:
         self._check(step, metrics)
         if evaluation is None and step % self._timeline.config.log.every:
             return
-        clock = self._throughput.measure(step - self._logged)
+        clock = self._throughput.measure(self._timeline.tokens(step) - self._timeline.tokens(self._logged))
         self._logged = step
         self._log.write(self._timeline.facts(step) | metrics | (evaluation or {}) | clock)
 

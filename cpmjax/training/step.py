@@ -13,19 +13,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
 
 from cpmjax.model.loss import TokenLosses, token_losses
 from cpmjax.model.mup import Multipliers
 from cpmjax.model.parameters import Tree
 from cpmjax.model.transformer import MiniCPM
+from cpmjax.parallel.sharding import named_sharding
 from cpmjax.run.config import ComputeConfig, Config, ModelConfig
 from cpmjax.training.average import moved
 from cpmjax.training.metrics import norms_by_role
 from cpmjax.training.state import TrainState
 
 Batch = dict[str, Any]
+
+
+def batch_sharding(mesh: Mesh, config: Config) -> NamedSharding:
+    """Of batches and micro-batches. Raises UserError if the mesh does not divide a micro-batch of any step."""
+    training, length = config.training, config.data.sequence_length
+    for rows in {training.batch_size, *(rows for rows, _ in training.batch_warmup)}:
+        micro_batch = (rows // training.micro_batches(rows), length)
+        name = f"a micro-batch of {rows} rows a step (training, data.sequence_length)"
+        sharding = named_sharding(mesh, ("rows", "length"), micro_batch, name)
+    return sharding
 
 
 def abstract_batch(config: Config, sharding: NamedSharding) -> Batch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +25,7 @@ class Timeline:
 
     @property
     def schedule(self) -> Schedule:
-        return self.config.schedule.in_steps(self.config.tokens_per_step)
+        return self.config.schedule.in_steps(self.config.batches)
 
     @property
     def total(self) -> int:
@@ -42,7 +44,17 @@ class Timeline:
 
     def position(self, step: int) -> int:
         """Rows consumed after this step."""
-        return self.origin.position + (step - self.origin.step) * self.config.training.batch_size
+        batches = self.config.batches
+        return self.origin.position + batches.rows(step) - batches.rows(self.origin.step)
+
+    def batches(self, after: int) -> Iterator[tuple[int, int]]:
+        """(position, rows) of each batch from that of the step after `after` to the last."""
+        ends = map(self.position, range(after, self.total + 1))
+        return ((start, end - start) for start, end in itertools.pairwise(ends))
+
+    def batch_sizes(self) -> list[int]:
+        """The rows of the steps of this run, each size once."""
+        return self.config.batches.used(self.origin.step, self.total)
 
     def stage_ends(self) -> list[tuple[str, int]]:
         """The stages that this run has a step of, with the rows consumed at the end of each."""

@@ -4,7 +4,15 @@ Under muP every entry of every activation, and its change in a step, has a size 
 (Yang & Hu 2011.14522; Yang et al. 2203.03466, appendix D.1). A few training steps at several widths show it: mean |h|
 and mean |h - h_0| on held-out rows, h_0 from before the first step, and their slopes in log2 over log2 of the width.
 Branches are looked at before they are added, because the norms hide what happens behind them; the embedding and the
-logits, because branches do not see those. The spectral form says the same of the weights (Yang, Simon & Bernstein
+logits, because branches do not see those.
+
+Logits are read out of random weights at first: theirs, and what a small update makes of them, are sums of m-fold many
+random terms, which shrink as m ** -1/2 (2203.03466, appendix D.1), and rates and steps decide how long that outweighs
+what is learned. So their slope may be anything from -1/2 to 0. Whether they learn as fast at every width, the loss
+tells: to first order its change is the product of gradient and update, a mean in which those terms cancel, and which
+under muP does not depend on the width at any rate.
+
+The spectral form says the same of the weights (Yang, Simon & Bernstein
 2310.17813): the operator norm of a change, in units of sqrt(fan out / fan in), does not depend on the width.
 
 N layers, B rows, L queries, S keys, H heads, G key-value heads, R heads per key-value head, K head width, V vocabulary.
@@ -22,6 +30,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from cpmjax.data.batches import held_out_batches
 from cpmjax.model.mup import Multipliers
@@ -40,10 +49,10 @@ from cpmjax.tunnel.workbench import Moment, Workbench
 
 STEPS = (0, 1, 3, 10)  # moments looked at
 JUDGED = (3, 10)  # before that, logits pass through a transient of their initial values under a correct muP
-BAR = 0.20  # the most that |slope| of a coordinate may be
+BAR = 0.20  # the most that the slope of a coordinate may be away from what is expected of it
 SPECTRAL_BAR = 1 / 3  # of an operator norm: within a factor of 2 over 8 times the width
 QUANTITIES = (
-    "embedding", "attention", "attention logits", "feed-forward", "residual stream", "final hidden", "logits"
+    "embedding", "attention", "attention logits", "feed-forward", "residual stream", "final hidden", "logits", "loss"
 )  # fmt: skip
 LAYERED = ("attention", "attention logits", "feed-forward")  # of these there is one in each layer
 _PROBED_ROWS = 4
@@ -106,7 +115,8 @@ def _probe(config: Config, workbench: Workbench) -> Batch:
 def coordinates(
     model: ModelConfig, compute: ComputeConfig, parameters: Tree, multipliers: Multipliers, batch: Batch
 ) -> dict[str, jax.Array]:
-    """The quantities of the check; those of a layer are [N, ...]. Attention logits that nobody sees are 0."""
+    """The quantities of the check; those of a layer are [N, ...], the loss is a scalar. Attention logits that nobody
+    sees are 0."""
     taps = ("embedding", "query", "key", "attention", "feed_forward", "residual", "final", "logits")
     arguments = (batch["tokens"], batch["positions"], batch["segments"])
     _, tapped = MiniCPM(model, parameters, compute, multipliers)(*arguments, taps=taps)
@@ -123,6 +133,10 @@ def coordinates(
         "residual stream": tapped["residual"][-1],
         "final hidden": tapped["final"],
         "logits": tapped["logits"],
+        "loss": jnp.average(
+            optax.softmax_cross_entropy_with_integer_labels(tapped["logits"], batch["targets"]),
+            weights=batch["weights"],
+        ),
     }
 
 
@@ -201,12 +215,23 @@ class Slope:
         return self.step in JUDGED and (self.axis == "width" or self.quantity in ("final hidden", "logits"))
 
     @property
+    def least(self) -> float:
+        """The lowest slope that is expected; the highest is 0."""
+        return -0.5 if self.quantity == "logits" and self.axis == "width" else 0.0
+
+    @property
+    def beyond(self) -> float:
+        """How far it is from what is expected."""
+        return abs(self.value - min(max(self.value, self.least), 0.0))
+
+    @property
     def within(self) -> bool:
-        return abs(self.value) <= self.bar
+        return self.beyond <= self.bar
 
     def __str__(self) -> str:
         error = "" if math.isnan(self.error) else f" ± {self.error:.2f}"
-        return f"{self.kind} of {self.quantity} at step {self.step}: slope {self.value:+.2f}{error}"
+        expected = f" (expected: {self.least:g} to 0)" if self.least else ""
+        return f"{self.kind} of {self.quantity} at step {self.step}: slope {self.value:+.2f}{error}{expected}"
 
 
 def slopes(rows: Sequence[Row]) -> list[Slope]:
@@ -279,12 +304,12 @@ def control_verdict(found: Sequence[Slope], name: str) -> Verdict:
     steepest = _steepest([s for s in found if s.parametrisation == name and s.judged and not s.spectral])
     bar = FAULTS[name].bar
     # A fault with which trials diverge is seen as well; their slopes are NaN.
-    caught = steepest is None or not abs(steepest.value) <= bar
+    caught = steepest is None or not steepest.beyond <= bar
     return Verdict(f"fault {name}", "is caught", str(steepest or "every trial diverged"), f"> {bar:.2f}", caught)
 
 
 def _steepest(slopes: Iterable[Slope]) -> Slope | None:
-    return max(slopes, key=lambda slope: math.inf if math.isnan(slope.value) else abs(slope.value), default=None)
+    return max(slopes, key=lambda slope: math.inf if math.isnan(slope.value) else slope.beyond, default=None)
 
 
 def describe(found: Sequence[Slope], name: str, axis: str) -> str:

@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 from cpmjax.model.flops import training_flops_per_token
 from cpmjax.model.mup import Parametrisation
-from cpmjax.run.config import Config, fingerprint
+from cpmjax.run.config import Config
 from cpmjax.run.directory import Lines, only_writer
 from cpmjax.run.errors import UserError
+from cpmjax.run.identity import fingerprint
 from cpmjax.run.table import Row, write_csv
 
 _SECONDS_BETWEEN_LINES = 10.0  # in a log that is no terminal
@@ -57,9 +58,10 @@ class Trial:
     @property
     def cost(self) -> float:
         """Roughly, in FLOPs: what the estimate of the time left goes by."""
-        steps = self.config.schedule.in_steps(self.config.tokens_per_step).total
+        batches = self.config.batches
+        steps = self.config.schedule.in_steps(batches).total
         per_token = training_flops_per_token(self.config.model, self.config.data.sequence_length)
-        return steps * (per_token * self.config.tokens_per_step + _OVERHEAD_FLOPS)
+        return per_token * batches.tokens(steps) + steps * _OVERHEAD_FLOPS
 
 
 class Trials:

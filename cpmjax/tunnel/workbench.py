@@ -23,8 +23,8 @@ from cpmjax.model import mup
 from cpmjax.model.parameters import Tree
 from cpmjax.parallel.compiled import keep_compiled
 from cpmjax.parallel.mesh import make_mesh
-from cpmjax.parallel.sharding import named_sharding
-from cpmjax.run.config import Config, ModelConfig, RunConfig, encode, fingerprint
+from cpmjax.run.config import Config, ModelConfig, RunConfig
+from cpmjax.run.identity import encode, fingerprint
 from cpmjax.run.optimizers import OptimizerConfig
 from cpmjax.run.schedule import Constant
 from cpmjax.run.table import Row
@@ -32,7 +32,7 @@ from cpmjax.training.evaluation import HeldOut
 from cpmjax.training.optimizer import make_optimizer
 from cpmjax.training.origin import Origin
 from cpmjax.training.state import TrainState, abstract_state, initial_state
-from cpmjax.training.step import Batch, Rates, abstract_batch, make_step, next_token_loss
+from cpmjax.training.step import Batch, Rates, abstract_batch, batch_sharding, make_step, next_token_loss
 from cpmjax.training.timeline import Timeline
 from cpmjax.tunnel.trials import Diverged, Trial
 
@@ -55,8 +55,7 @@ class Program:
     def __init__(self, config: Config, workbench: Workbench) -> None:
         self.config = config
         mesh, model = workbench.mesh, config.model
-        rows = (config.training.batch_size // config.training.accumulation, config.data.sequence_length)
-        self.by_row = named_sharding(mesh, ("rows", "length"), rows, "a micro-batch (training, data.sequence_length)")
+        self.by_row = batch_sharding(mesh, config)
         self.evaluate = HeldOut(config, workbench.text(config).held_out, workbench.tokenizer, self.by_row)
         optimizer = make_optimizer(model, config.optimizer)
         abstract = abstract_state(model, optimizer, mesh)
@@ -106,9 +105,9 @@ class Workbench:
     def text(self, config: Config) -> Text:
         """The text in the order in which a trial of this experiment reads it."""
         timeline = Timeline(config, Origin({}))
-        parts = (timeline.schedule.stages(), encode(config.data), config.training.batch_size, config.run.seed)
+        parts = (timeline.schedule.stages(), encode(config.data), config.batches, config.run.seed)
         if (key := repr(parts)) not in self._texts:
-            order = segments(timeline.schedule, config.data, config.training.batch_size)
+            order = segments(timeline.schedule, config.data, config.batches)
             mixture = make_mixture(config, self._stores, order, timeline.position(timeline.total))
             self._texts[key] = Text(config, self._stores, mixture)
         return self._texts[key]
@@ -125,15 +124,18 @@ class Workbench:
         Raises Diverged, with the rows so far, at the first loss or gradient found to be not finite.
         """
         config, steps = trial.config, frozenset(steps)
-        program, timeline, text = self.program(config), Timeline(config, Origin({})), self.text(config)
+        timeline, text = Timeline(config, Origin({})), self.text(config)
+        programs = {rows: self.program(config.of_batch(rows)) for rows in timeline.batch_sizes()}
+        program = self.program(config.of_batch(config.training.batch_size))
         scales = as_arrays(mup.scales(config.model, config.optimizer, trial.table))
         state = program.begin(jax.random.key(config.run.seed), scales)
         rows: list[Row] = []
         if 0 in steps:
             rows += observe(Moment(0, float("nan"), state.trainable, scales, program))
-        with Loader(text.batches, 0, config.training.batch_size, program.by_row) as loader:
-            for step in range(1, timeline.total + 1):
-                state, metrics = program.step(state, next(loader), timeline.rates(step), scales)
+        with Loader(text.batches, timeline.batches(0), program.by_row) as loader:
+            for step, batch in enumerate(loader, 1):
+                run_step = programs[len(batch["tokens"])].step
+                state, metrics = run_step(state, batch, timeline.rates(step), scales)
                 due = step in steps or step % _CHECKED_EVERY == 0 or step == timeline.total
                 if due and int(state.skipped):
                     raise Diverged(f"loss or gradient not finite by step {step}", rows)

@@ -23,6 +23,10 @@ def batch_at(position: int, size: int) -> dict[str, np.ndarray]:
     return {"tokens": rows.astype(np.int32), "weights": (rows / 7).astype(np.float32)}
 
 
+def wanted(position: int = 0, size: int = STRIDE, count: int = 8) -> list[tuple[int, int]]:
+    return [(position + number * size, size) for number in range(count)]
+
+
 def sharding(*spec, shape=(1, 1)) -> NamedSharding:
     devices = np.array(jax.devices()[: shape[0] * shape[1]]).reshape(shape)
     return NamedSharding(Mesh(devices, ("data", "sequence")), PartitionSpec(*spec))
@@ -35,7 +39,7 @@ def loader_threads() -> list[threading.Thread]:
 def check_rows(spec, shape) -> None:
     placed = sharding(*spec, shape=shape)
     for position in (0, 3 * STRIDE):
-        with Loader(batch_at, position, STRIDE, placed) as loader:
+        with Loader(batch_at, wanted(position), placed) as loader:
             for step in range(4):
                 batch = next(loader)
                 for key, values in batch_at(position + step * STRIDE, STRIDE).items():
@@ -46,6 +50,14 @@ def check_rows(spec, shape) -> None:
 
 def test_batches_follow_each_other_from_any_position():
     check_rows(("data", "sequence"), (1, 1))
+
+
+def test_batches_may_change_their_size_and_end():
+    with Loader(batch_at, [(0, 4), (4, 4), (8, 16)], sharding("data", "sequence")) as loader:
+        made = list(loader)
+    assert [len(batch["tokens"]) for batch in made] == [4, 4, 16]
+    together = np.concatenate([batch["tokens"] for batch in made])
+    assert np.array_equal(together, batch_at(0, 24)["tokens"])
 
 
 def test_only_the_rows_of_each_shard_are_made_on_eight_devices():
@@ -60,7 +72,7 @@ asked = []
 def counted(position, size):
     asked.append((position, size))
     return t.batch_at(position, size)
-with t.Loader(counted, 0, t.STRIDE, t.sharding("data", "sequence", shape=(4, 2))) as loader:
+with t.Loader(counted, t.wanted(), t.sharding("data", "sequence", shape=(4, 2))) as loader:
     next(loader)
 assert sorted(asked)[:4] == [(0, 2), (2, 2), (4, 2), (6, 2)], asked
 """
@@ -81,7 +93,7 @@ def test_what_the_producer_raises_reaches_the_consumer_at_its_batch():
             raise ValueError(f"row {position} is lost")
         return batch_at(position, size)
 
-    with Loader(failing, 0, STRIDE, sharding("data")) as loader:
+    with Loader(failing, wanted(), sharding("data")) as loader:
         next(loader)
         next(loader)
         with pytest.raises(ValueError, match="row 16 is lost"):
@@ -93,7 +105,7 @@ def test_waiting_is_measured_and_work_is_done_ahead():
         time.sleep(0.2)
         return batch_at(position, size)
 
-    with Loader(slow, 0, STRIDE, sharding("data")) as loader:
+    with Loader(slow, wanted(), sharding("data")) as loader:
         next(loader)
         assert 0.1 < loader.waited < 5
         time.sleep(1.5)
@@ -104,7 +116,7 @@ def test_waiting_is_measured_and_work_is_done_ahead():
 
 def test_closing_leaves_no_thread_behind():
     assert not loader_threads()
-    with Loader(batch_at, 0, STRIDE, sharding("data")) as loader:
+    with Loader(batch_at, wanted(), sharding("data")) as loader:
         next(loader)
         assert loader_threads()
     assert not loader_threads()

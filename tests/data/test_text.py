@@ -8,8 +8,10 @@ import pytest
 from cpmjax.data import text, tokenizer
 from cpmjax.data.files import below
 from cpmjax.data.mixture import Mixture, Segment
-from cpmjax.run.config import Config, DataConfig, ModelConfig, RunConfig, fingerprint
+from cpmjax.run.batch_sizes import BatchSizes
+from cpmjax.run.config import Config, DataConfig, ModelConfig, RunConfig
 from cpmjax.run.errors import UserError
+from cpmjax.run.identity import fingerprint
 from cpmjax.run.schedule import WSD
 from cpmjax.run.sources import TextFolder
 
@@ -75,7 +77,7 @@ def test_a_corpus_of_weight_0_is_evaluated_and_nothing_else(config):
     made = text.make_tokenizer(zero, print)
     assert made.model == text.make_tokenizer(config, print).model
     stores = text.open_stores(zero, made, print)
-    order = text.segments(WSD(warmup=2, stable=8, decay=10), zero.data, 4)
+    order = text.segments(WSD(warmup=2, stable=8, decay=10), zero.data, BatchSizes(4))
     assert order == [Segment(40, {"words": 2.0}), Segment(None, {"words": 3.0})]
     found = text.Text(zero, stores, text.make_mixture(zero, stores, order, 80))
     assert {found.mixture.locate(position)[0] for position in range(80)} == {"words"}

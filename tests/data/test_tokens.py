@@ -303,7 +303,7 @@ def test_builders_that_die_beside_others_leave_them_what_they_made(folder, tmp_p
     lines = [builder.communicate(timeout=60)[0].splitlines() for builder in living]
     assert [builder.returncode for builder in dying + living] == [-signal.SIGKILL] * 2 + [0] * 2
     (said,) = [line for output in lines for line in output if "goes on" in line]
-    assert int(said.rpartition(" ")[2]) > 20
+    assert int(said.rpartition(" ")[2]) >= 15  # of one builder at least
     assert content(tmp_path / "shared") == clean
 
 

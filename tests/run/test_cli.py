@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpmjax.run import cli
-from cpmjax.run.config import Config, DataConfig, EvaluationConfig, RunConfig, encode, fingerprint
+from cpmjax.run.config import Config, DataConfig, EvaluationConfig, RunConfig
 from cpmjax.run.errors import UserError
+from cpmjax.run.identity import encode, fingerprint
 from cpmjax.run.schedule import WSD, WSDS, Constant, Cosine, CosineLoop
 from cpmjax.run.sources import Jsonl, TextFolder
 

@@ -20,17 +20,10 @@ from hypothesis import strategies as st
 
 from cpmjax.run import directory as module
 from cpmjax.run.cli import decode
-from cpmjax.run.config import (
-    CheckpointConfig,
-    ComputeConfig,
-    Config,
-    DataConfig,
-    RunConfig,
-    TrainingConfig,
-    fingerprint,
-)
+from cpmjax.run.config import CheckpointConfig, ComputeConfig, Config, DataConfig, RunConfig, TrainingConfig
 from cpmjax.run.directory import Lines, RunDirectory, json_line, write_atomically
 from cpmjax.run.errors import UserError
+from cpmjax.run.identity import fingerprint
 from cpmjax.run.optimizers import Lion
 from cpmjax.run.schedule import WSD, Cosine
 from cpmjax.run.sources import TextFolder

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cpmjax.run.batch_sizes import BatchSizes
 from cpmjax.run.errors import UserError
 from cpmjax.run.schedule import WSD, WSDS, Constant, Cosine, CosineLoop, Schedule, Stage, rewarmup
 
@@ -206,21 +207,21 @@ def in_tokens(schedule: Schedule, tokens_per_step: int) -> Schedule:
 @settings(deadline=None)
 @given(schedules, st.sampled_from([1, 2, 256, 4096]))
 def test_tokens_are_steps_times_tokens_per_step(schedule: Schedule, tokens_per_step: int) -> None:
-    assert in_tokens(schedule, tokens_per_step).in_steps(tokens_per_step) == schedule
-    assert schedule.in_steps(tokens_per_step) is schedule
+    assert in_tokens(schedule, tokens_per_step).in_steps(BatchSizes(tokens_per_step)) == schedule
+    assert schedule.in_steps(BatchSizes(tokens_per_step)) is schedule
 
 
 @settings(deadline=None)
 @given(st.tuples(*[st.integers(0, 100_000)] * 3), st.integers(1, 5000))
 def test_boundaries_in_tokens_are_rounded_up(lengths: tuple[int, int, int], tokens_per_step: int) -> None:
-    schedule = WSD(*lengths, unit="tokens").in_steps(tokens_per_step)
+    schedule = WSD(*lengths, unit="tokens").in_steps(BatchSizes(tokens_per_step))
     ends = (schedule.warmup, schedule.warmup + schedule.stable, schedule.total)
     exact = np.cumsum(lengths) / tokens_per_step
     assert all(0 <= end - true < 1 for end, true in zip(ends, exact, strict=True))
 
 
 def test_half_life_in_tokens_may_be_a_fraction_of_a_step() -> None:
-    schedule = WSD(100, 900, 1000, "half_life", half_life=250.0, unit="tokens").in_steps(100)
+    schedule = WSD(100, 900, 1000, "half_life", half_life=250.0, unit="tokens").in_steps(BatchSizes(100))
     assert schedule.half_life == 2.5 and schedule.factor(10 + 5) == 0.25
 
 

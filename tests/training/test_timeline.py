@@ -44,6 +44,17 @@ def test_position_and_tokens_count_rows():
     assert [timeline().tokens(step) for step in (0, 1, 20)] == [0, 256, 5120]
 
 
+def test_batches_that_grow():
+    """4 rows in each of the first 6 steps, then 8: as many rows as 17 steps of 8."""
+    grows = replace(CONFIG, training=TrainingConfig(batch_size=8, batch_warmup=((4, 6),)))
+    assert [Timeline(grows, SCRATCH).position(step) for step in (0, 1, 6, 7, 20)] == [0, 4, 24, 32, 136]
+    batches = list(Timeline(grows, SCRATCH).batches(4))
+    assert batches[:4] == [(16, 4), (20, 4), (24, 8), (32, 8)] and len(batches) == 16
+    branch = Timeline(grows, Origin({}, step=5, position=1000))
+    assert [branch.position(step) for step in (5, 6, 7)] == [1000, 1004, 1012]
+    assert branch.batch_sizes() == [4, 8] and Timeline(grows, Origin({}, step=6, position=24)).batch_sizes() == [8]
+
+
 def test_a_branch_goes_on_from_its_parent_s_place_in_the_data():
     """The parent had consumed 1000 rows at step 12, in batches of another size."""
     branch = timeline(Origin({}, step=12, position=1000))
