@@ -1,6 +1,7 @@
 """The project's own measurements.
 
-usage: python -m cpmjax.bench train   [--experiment YAML] [--rounds N] [--steps N] [--output FILE.json]
+usage: python -m cpmjax.bench train   [--experiment YAML] [--steps N] [--shapes NAME...] [--batches N...]
+                                      [--levanter PYTHON] [--text FOLDER] [--rounds N] [--output FILE.json]
        python -m cpmjax.bench studies [--experiment YAML] [--rounds N] [--rates N] [--seeds N] [--output FILE.json]
        python -m cpmjax.bench convert [--folder F] [--preset NAME] [--rounds N] [--mutants N] [--output FILE.json]
        python -m cpmjax.bench sample  [--folder F] [--shapes NAME...] [--sampling NAME...] [--rounds N] [--rows N]
@@ -261,9 +262,15 @@ def table(measurements: list[Measurement]) -> str:
 def bench_train(arguments: argparse.Namespace) -> None:
     if arguments.rounds < 1 or arguments.steps < 2:
         raise UserError(f"--rounds = {arguments.rounds}, --steps = {arguments.steps}: expected at least 1 and 2")
+    rounds = f"--rounds={arguments.rounds}"
+    beside = ("--shapes", *arguments.shapes, "--batches", *map(str, arguments.batches))
+    peers = measured_by("training.py", rounds, *beside, f"--levanter={arguments.levanter}")
+    text = () if arguments.text is None else (str(arguments.text),)
+    building = measured_by("building.py", *text, rounds, f"--megabytes={arguments.megabytes}")
     runs, about = measure_runs(arguments.experiment, arguments.rounds, arguments.steps)
-    measurements = measure_compilation(arguments.rounds) + runs
+    measurements = peers + building + measure_compilation(arguments.rounds) + runs
     about = {"experiment": arguments.experiment.name, "steps": arguments.steps, **about}
+    about["versions"] |= versions("torch", "transformers", "sentencepiece")
     report("train", arguments, measurements, **about)
 
 
@@ -297,7 +304,14 @@ def bench_sample(arguments: argparse.Namespace) -> None:
 def main(argv: list[str]) -> None:
     parser = cli.Parser(prog="python -m cpmjax.bench", description="The project's own measurements.")
     benchmarks = parser.add_subparsers(title="what there is", metavar="BENCHMARK", required=True)
-    train = benchmarks.add_parser("train", help="compile time by depth, start to first step, waiting, throughput, MFU")
+    train = benchmarks.add_parser(
+        "train", help="tokens/s beside PyTorch and levanter, token stores, compile time by depth, start, waiting, MFU"
+    )
+    train.add_argument("--shapes", nargs="+", default=["10m", "40m"], help="beside peers (default: %(default)s)")
+    train.add_argument("--batches", type=int, nargs="+", default=[2, 8], help="rows of 512 (default: %(default)s)")
+    train.add_argument("--levanter", default=sys.executable, help="a Python that has levanter (default: this one)")
+    train.add_argument("--text", type=Path, help="a folder of .jsonl (default: the source of Python's library)")
+    train.add_argument("--megabytes", type=int, default=50, help="of that source (default: %(default)s)")
     train.add_argument("--steps", type=int, default=60, help="of the runs with a filled cache (default: %(default)s)")
     train.set_defaults(run=bench_train, experiment=_EXPERIMENTS / "wsd.yaml", rounds=3)
     studies = benchmarks.add_parser(

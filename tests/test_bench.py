@@ -31,7 +31,8 @@ def test_train_measures_and_reports(tmp_path, capsys, monkeypatch):
     output = tmp_path / "results.json"
     caching = jax.config.jax_enable_compilation_cache
     try:
-        bench.main(["train", f"--experiment={experiment}", "--rounds=1", "--steps=8", f"--output={output}"])
+        small = ["--shapes=tiny", "--batches=2", "--megabytes=4", "--rounds=1", "--steps=8"]
+        bench.main(["train", f"--experiment={experiment}", *small, f"--output={output}"])
     finally:
         jax.config.update("jax_enable_compilation_cache", caching)
     report = json.loads(output.read_text())
@@ -40,7 +41,12 @@ def test_train_measures_and_reports(tmp_path, capsys, monkeypatch):
     assert report["machine"]["cores"] >= 1 and report["machine"]["memory_gib"] > 0
     assert report["mfu_formula"].startswith("MFU = tokens/s x ")
 
-    measured = report["measurements"]
+    beside, measured = report["measurements"][:-8], report["measurements"][-8:]
+    found = {each["name"]: each["median"] for each in beside}
+    for engine in ("cpmjax", "cpmjax huge pages"):
+        assert found[f"{engine}, TINY, batch 2 x 512: training"] > 0
+        assert 0.1 < found[f"{engine}, TINY, batch 2 x 512: memory"] < 10
+    assert found["built / its own threads"] > 0
     bars = [(each["unit"], each["bar"]) for each in measured]
     assert bars == [
         ("s", None),
