@@ -27,6 +27,7 @@ class Text:
     def __init__(self, config: Config, stores: dict[str, Store], mixture: Mixture) -> None:
         length, seed = config.data.sequence_length, config.run.seed
         self.stores, self.mixture = stores, mixture
+        self.unnamed = sorted(config.data.corpora.keys() - stores.keys())  # by either stage
         self.rows = {name: Rows(store.train, length, seed) for name, store in stores.items()}
         self._check_batch(config)
         self.batches = Batches(mixture, self.rows)
@@ -52,8 +53,9 @@ class Text:
     def describe(self, begin: int, stages: Sequence[tuple[str, int]]) -> str:
         """A line for each corpus and for each stage, given by its name and the position at which it ends.
 
-        A corpus: its size, and how often it will have been read at the end. A stage: the share of its rows that each
-        corpus gets (the first stage counts from `begin`), and the epochs of that corpus read by then.
+        A corpus: its size, and how often it will have been read at the end; or that no stage names it. A stage: the
+        share of its rows that each corpus gets (the first stage counts from `begin`), and the epochs of that corpus
+        read by then.
         """
         read = self.mixture.counts(stages[-1][1])
         lines = []
@@ -66,6 +68,7 @@ class Text:
                 f"held out; read {read.get(name, 0) / self.rows[name].rows:.2f} times by the end"
                 + (f"; {skipped} bad documents skipped" if skipped else "")
             )
+        lines += [f"corpus {name}: not read, neither data.stable nor data.decay names it" for name in self.unnamed]
         before = self.mixture.counts(begin)
         for stage, end in stages:
             after = self.mixture.counts(end)
