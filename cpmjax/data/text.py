@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cpmjax.data import tokenizer as tokenizers
@@ -128,8 +128,13 @@ def _training_text(data: DataConfig) -> Iterator[str]:
                 yield document.text
 
 
-def open_stores(config: Config, tokenizer: Tokenizer, progress: Callable[[str], None]) -> dict[str, Store]:
-    """The tokenised corpora that the two stages name, built where they are not in the cache yet."""
+def open_stores(
+    config: Config, tokenizer: Tokenizer, progress: Callable[[str], None], begun: Mapping[str, str] = {}
+) -> dict[str, Store]:
+    """The tokenised corpora that the two stages name, built where they are not in the cache yet.
+
+    `begun` has the keys of those that a run began with, by corpus (see `build_or_open`).
+    """
     data = config.data
     return {
         name: build_or_open(
@@ -140,6 +145,7 @@ def open_stores(config: Config, tokenizer: Tokenizer, progress: Callable[[str], 
             on_bad=data.bad_documents,
             cache=Path(config.run.cache),
             progress=progress,
+            begun=begun.get(name),
         )
         for name in sorted(data.stable.keys() | data.decay.keys())
     }
