@@ -1,7 +1,7 @@
 """Weights in, weights out: any format that MiniCPM comes in to any other.
 
 usage: python -m cpmjax.convert SOURCE TARGET --to run|hf|llama|gguf [--step N | --steps LIST|all]
-                                [--dtype bf16|f16|f32] [--quant q8_0|q4_0]
+                                [--average] [--dtype bf16|f16|f32] [--quant q8_0|q4_0]
                                 [--mup SCALE_EMB,SCALE_DEPTH,DIM_MODEL_BASE] [--text-start prefix_space|plain]
                                 [--section.key=value ...]
        python -m cpmjax.convert --inspect PATH
@@ -9,7 +9,8 @@ usage: python -m cpmjax.convert SOURCE TARGET --to run|hf|llama|gguf [--step N |
 SOURCE is a run directory, a Hugging Face folder (MiniCPM or Llama), a folder of checkpoints like MiniCPM-2B-history,
 a GGUF file, or hf://OWNER/REPO[@REVISION], of which one checkpoint at a time is downloaded, imported, verified and
 deleted. It is recognised by its content. Of a run the newest checkpoint is taken, of a series that becomes a run all;
-several steps that become hf, llama or gguf go to TARGET/STEP. The same command goes on after a kill.
+several steps that become hf, llama or gguf go to TARGET/STEP. With --average it is the average of parameters that a
+run kept (training.ema, schedule-free AdamW). The same command goes on after a kill.
 
 --mup gives the muP constants to a MiniCPM whose config lacks them (the release has 12,1.4,256), and takes them out of
 the weights of a Llama that they were folded into. --section.key=value sets what an imported series cannot say itself:
@@ -57,6 +58,7 @@ def main(argv: list[str]) -> int:
         arguments.target,
         arguments.to,
         steps=arguments.steps if arguments.step is None else [arguments.step],
+        average=arguments.average,
         dtype=arguments.dtype,
         quantisation=arguments.quant,
         constants=arguments.mup,
@@ -74,6 +76,7 @@ def convert(
     to: Target,
     *,
     steps: Sequence[int] | Literal["all"] | None = None,
+    average: bool = False,
     dtype: Dtype | None = None,
     quantisation: Quantisation | None = None,
     constants: Constants | None = None,
@@ -95,11 +98,16 @@ def convert(
     downloads = target.with_name(f".{target.name}.download")
     stored_as = None if dtype is None else DTYPES[dtype]
     # What a Llama is folded from is not rounded before.
-    reading = Reading(constants, text_start, None if to == "llama" else stored_as)
+    reading = Reading(constants, text_start, None if to == "llama" else stored_as, average)
     with open_source(str(source), downloads, reading) as opened:
+        if average and not opened.of_a_run:
+            raise UserError(f"--average: expected a run, got {opened.label}")
         chosen = _choose(opened, steps, to)
         if to == "run":
             return _to_run(opened, chosen, RunDirectory(target), keys)
+        for model in chosen.values() if average else ():
+            with model.open(lambda count: None):
+                pass  # a checkpoint without one shows before the first is written
         failures = []
         for step, model in chosen.items():
             several = len(chosen) > 1
@@ -177,6 +185,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--to", choices=get_args(Target))
     parser.add_argument("--step", type=int, help="one checkpoint; the number that a single model gets in its run")
     parser.add_argument("--steps", type=cli.step_list, help="numbers with commas between them, or all")
+    parser.add_argument("--average", action="store_true", help="the average of a run's parameters, in their place")
     parser.add_argument("--dtype", choices=get_args(Dtype), help="of the weights (default: as they come)")
     parser.add_argument("--quant", choices=get_args(Quantisation), help="of the matrices of a GGUF file")
     parser.add_argument("--mup", type=_constants, help="SCALE_EMB,SCALE_DEPTH,DIM_MODEL_BASE")

@@ -1,14 +1,15 @@
 """Prompts in, text out: a file of prompts, a pipe, or a conversation.
 
 usage: python -m cpmjax.sample MODEL [--prompts FILE.txt|FILE.jsonl|-] [--output FILE.jsonl]
-                               [--step N | --steps LIST|all] [--max-new-tokens 64] [--n 1]
+                               [--step N | --steps LIST|all] [--average] [--max-new-tokens 64] [--n 1]
                                [--temperature 1] [--top-k K] [--top-p P] [--min-p P] [--typical-p P]
                                [--repetition-penalty R] [--presence-penalty A] [--frequency-penalty A]
                                [--seed 0] [--stop TEXT]... [--logprobs K] [--cache-dtype compute|float32|int8]
                                [--batch N] [--chat-template | --raw]
 
 MODEL is a run directory, a Hugging Face folder or a GGUF file, recognised by its content. Of a run the newest
-checkpoint is taken; --steps all samples the same prompts from every one.
+checkpoint is taken; --steps all samples the same prompts from every one, --average from the averages of parameters that
+a run kept (training.ema, schedule-free AdamW).
 
 Prompts: a .txt file holds one a line, as it stands (a backslash is a backslash). A line of a .jsonl file is an object
 with "prompt" (text), "messages" (a conversation, [{"role": "user", "content": "..."}]) or "ids" (token ids), and
@@ -47,7 +48,7 @@ from tqdm import tqdm
 
 from cpmjax.data.template import Template
 from cpmjax.formats.history import find_steps
-from cpmjax.formats.loading import Stored, files_below, load, open_stored, recognise, run_steps
+from cpmjax.formats.loading import Reading, Stored, files_below, load, open_stored, recognise, run_steps
 from cpmjax.model.weights import Weights, checksum
 from cpmjax.parallel.compiled import keep_compiled
 from cpmjax.run import cli
@@ -111,7 +112,7 @@ def chat(arguments: argparse.Namespace) -> int:
             raise UserError(f"--{flag}: expected --prompts with it; without, this is a conversation")
     path = Path(arguments.model).expanduser()
     (step,) = _steps(path, arguments)
-    stored = open_stored(path, step)
+    stored = open_stored(path, step, Reading(average=arguments.average))
     tokenizer, context = stored.tokenizer, stored.weights.config.context
     if tokenizer is None:
         raise UserError(f"{path}: has no tokenizer; expected one, or --prompts FILE.jsonl with token ids")
@@ -124,7 +125,7 @@ def chat(arguments: argparse.Namespace) -> int:
         conversation = Text(tokenizer, context, OPTIONS["max_new_tokens"].default)
     options |= _given(arguments)
     check(stored.weights.config, tokenizer, ["a"], options["max_new_tokens"], None, _of_sampling(options))
-    sampler = Sampler(load(path, step), tokenizer, cache_dtype=arguments.cache_dtype)
+    sampler = Sampler(load(path, step, average=arguments.average), tokenizer, cache_dtype=arguments.cache_dtype)
     converse(sampler, conversation, options, arguments.stop)
     return 0
 
@@ -136,7 +137,10 @@ def sample(arguments: argparse.Namespace) -> int:
     """Samples all prompts from every step and writes a line for each sample; returns the exit code."""
     path = Path(arguments.model).expanduser()
     steps = _steps(path, arguments)
-    stored = open_stored(path, steps[0])
+    reading = Reading(average=arguments.average)
+    stored = open_stored(path, steps[0], reading)
+    for step in steps[1:] if arguments.average else ():
+        open_stored(path, step, reading)  # a checkpoint without one shows before the first sample
     requests = _requests(arguments, stored)
     per_step = sum(request.n for request in requests)
     total = per_step * len(steps)
@@ -156,9 +160,8 @@ def sample(arguments: argparse.Namespace) -> int:
         progress = stack.enter_context(contextlib.closing(Progress(total, done)))
         for step in steps[done // per_step :]:
             # Of all steps the shapes are the same, and weights are arguments of what was compiled for the first.
-            sampler = Sampler(
-                load(path, step), stored.tokenizer, cache_dtype=arguments.cache_dtype, max_batch=arguments.batch
-            )
+            model = load(path, step, average=arguments.average)
+            sampler = Sampler(model, stored.tokenizer, cache_dtype=arguments.cache_dtype, max_batch=arguments.batch)
             for batch in batches(remaining(requests, done % per_step), rows):
                 for request, number, each in _call(sampler, batch, arguments.logprobs):
                     write(_record(step, request, number, each, arguments.logprobs))
@@ -333,6 +336,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     steps.add_argument(
         "--steps", type=cli.step_list, metavar="LIST|all", help="several: numbers with commas between them"
     )
+    parser.add_argument("--average", action="store_true", help="the average of a run's parameters, in their place")
     for name, option in OPTIONS.items():
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=option.kind, metavar="N" if option.kind is int else "X", help=option.help)

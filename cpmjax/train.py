@@ -68,7 +68,8 @@ def train(config: Config, directory: RunDirectory) -> int:
 
     # ---- text ----------------------------------------------------------------------------------------------------
     tokenizer = _tokenizer(config, directory, origin)
-    stores = open_stores(config, tokenizer, _say)
+    stores = open_stores(config, tokenizer, _say, origin.provenance.get("stores", {}))
+    provenance = origin.provenance | {"stores": {name: store.key for name, store in stores.items()}}
     order = segments(timeline.schedule, config.data, config.batches, origin.step, origin.position)
     text = Text(config, stores, make_mixture(config, stores, order, timeline.position(timeline.total)))
 
@@ -99,7 +100,9 @@ def train(config: Config, directory: RunDirectory) -> int:
         # ---- where it stands: nothing was written to the run before all of the above had worked ------------------
         if not resumes:
             tokenizer.save(directory.path)
-            directory.create(config, origin.provenance)
+            directory.create(config, provenance)
+        elif "stores" not in origin.provenance:  # an older run, or one whose data section was changed
+            directory.write_provenance(provenance)
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(directory.checkpoints, config.checkpoint)))
         start, state = starting_state(config, origin, checkpoints, optimizer, abstract)
         if start >= timeline.total:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jobs
 import pytest
-from formats.conversions import GOLDEN, HISTORY, KEYS, ROOT, converted, left_in, refused
+from formats.conversions import GOLDEN, HISTORY, KEYS, ROOT, converted, left_in, refused, run_with_average
 
 from cpmjax.convert import main
 
@@ -37,7 +37,7 @@ def test_help_shows_everything(capsys):
         main(["--help"])
     assert caught.value.code == 0
     shown = capsys.readouterr().out
-    flags = ("--to", "--step", "--steps", "--dtype", "--quant", "--mup", "--text-start", "--inspect")
+    flags = ("--to", "--step", "--steps", "--average", "--dtype", "--quant", "--mup", "--text-start", "--inspect")
     words = ("run", "hf", "llama", "gguf", "bf16", "q8_0", "q4_0", "hf://OWNER/REPO[@REVISION]", "--section.key=value")
     for each in (*flags, *words, "12,1.4,256", "SOURCE", "TARGET", "exit code is 1"):
         assert each in shown, each
@@ -122,6 +122,18 @@ def test_steps_that_the_source_does_not_have(tmp_path):
         assert refused(MODEL, target, "--to=hf", flag) == single
     assert refused(MODEL, target, "--to=run", "--steps=1,2") == single
     assert left_in(tmp_path) == []
+
+
+def test_the_average_of_a_run(tmp_path):
+    run, target = run_with_average(tmp_path / "run"), tmp_path / "model"
+    converted(run, target, "--to=hf", "--average")
+    converted(HISTORY, tmp_path / "expected", "--to=hf", "--step=300000")
+    assert (target / "model.safetensors").read_bytes() == (tmp_path / "expected" / "model.safetensors").read_bytes()
+    message = refused(run, tmp_path / "all", "--to=hf", "--average", "--steps=all")
+    assert message.startswith(f"{run}/checkpoints/300000 has no average: expected one of a run with training.ema")
+    assert refused(run, tmp_path / "all", "--to=hf", "--average", "--steps=400000,300000") == message
+    assert refused(MODEL, tmp_path / "all", "--to=hf", "--average") == f"--average: expected a run, got {MODEL}"
+    assert left_in(tmp_path) == ["expected", "model", "run"]
 
 
 def test_keys_that_are_wrong_are_wrong_for_the_whole_series(tmp_path):

@@ -20,7 +20,7 @@ import jobs
 import pytest
 import terminals
 import tunnel_jobs
-from formats.conversions import HISTORY, copy_history
+from formats.conversions import HISTORY, copy_history, run_with_average
 
 import cpmjax.sample
 from cpmjax.formats.loading import load, load_tokenizer
@@ -133,6 +133,19 @@ def test_a_line_has_options_of_its_own(model):
     # What a user says on a line of text is the same.
     (same,) = sampled(model, "--max-new-tokens", "5", "--temperature", "0", "--chat-template", stdin=b"Hi\n")
     assert same["tokens"] == chat["tokens"]
+
+
+def test_the_average_of_a_run(model, tmp_path):
+    run, flags = run_with_average(tmp_path / "run"), ("--max-new-tokens", "6", "--average")
+    (line,) = sampled(run, *flags, stdin=b"Once\n")
+    (expected,) = Sampler(load(HISTORY, 300_000), load_tokenizer(model))(["Once"], max_new_tokens=6)
+    (other,) = sampled(run, *flags[:-1], stdin=b"Once\n")
+    assert line["tokens"] == expected.tokens != other["tokens"]
+    output = tmp_path / "samples.jsonl"
+    message = refused(run, *flags, "--steps", "400000,390000", "--output", output)
+    assert message.startswith(f"{run}/checkpoints/390000 has no average: expected one of a run with training.ema")
+    assert refused(model, *flags) == f"{model}: holds no run; expected one to load the average of its parameters from"
+    assert not output.exists()
 
 
 def test_a_model_without_a_tokenizer_takes_ids_and_gives_ids(tmp_path):

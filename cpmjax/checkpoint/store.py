@@ -27,6 +27,8 @@ from cpmjax.model.weights import Weights
 from cpmjax.run.config import CheckpointConfig, ModelConfig
 from cpmjax.run.errors import DiskFull, UserError
 
+Item = Literal["parameters", "average"]
+
 
 class Checkpoints:
     """The checkpoints of one run directory; `rules` is given by the job that writes them."""
@@ -97,32 +99,27 @@ class Checkpoints:
         with _quiet():
             self._manager.delete(step)
 
-    def weights(self, step: int, config: ModelConfig) -> Weights:
-        """The parameters of a model of this shape, read slice by slice.
+    def weights(self, step: int, config: ModelConfig, item: Item = "parameters") -> Weights:
+        """The parameters of a model of this shape, or their average, read slice by slice.
 
-        Raises UserError if the checkpoint holds other parameters.
+        Raises UserError if the checkpoint holds other parameters, or no average.
         """
-        stored = flat(self._item_metadata(step, "parameters"))
-        item = self._folder(step) / "parameters"
+        self._check_average(step, item)
+        stored = flat(self._item_metadata(step, item))
+        folder = self._folder(step) / item
         wanted = {path: spec.shape for path, spec in flat(specs(config)).items()}
         found = {path: tuple(leaf.shape) for path, leaf in stored.items()}
         if found != wanted:
             wrong = sorted(path for path in found.keys() | wanted.keys() if found.get(path) != wanted.get(path))[0]
-            raise UserError(f"{item}: {wrong} is {found.get(wrong)}; the model of the run has {wanted.get(wrong)}")
-        return streaming.stored_weights(item, config, {path: np.dtype(leaf.dtype) for path, leaf in stored.items()})
+            raise UserError(f"{folder}: {wrong} is {found.get(wrong)}; the model of the run has {wanted.get(wrong)}")
+        return streaming.stored_weights(folder, config, {path: np.dtype(leaf.dtype) for path, leaf in stored.items()})
 
-    def parameters(
-        self, step: int, abstract: Tree | None = None, item: Literal["parameters", "average"] = "parameters"
-    ) -> Tree:
+    def parameters(self, step: int, abstract: Tree | None = None, item: Item = "parameters") -> Tree:
         """Parameters, or their average, placed as the abstract tree says (any mesh), or on the default device.
 
         Raises UserError if the checkpoint has no average.
         """
-        if item == "average" and not self.has_average(step):
-            raise UserError(
-                f"{self._folder(step)} has no average: expected one of a run with training.ema, "
-                "or with optimizer.type=schedule_free"
-            )
+        self._check_average(step, item)
         if abstract is None:
             device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             stored = self._item_metadata(step, item)
@@ -142,6 +139,13 @@ class Checkpoints:
 
     def has_average(self, step: int) -> bool:
         return (self._folder(step) / "average").is_dir()
+
+    def _check_average(self, step: int, item: Item) -> None:
+        if item == "average" and not self.has_average(step):
+            raise UserError(
+                f"{self._folder(step)} has no average: expected one of a run with training.ema, "
+                "or with optimizer.type=schedule_free"
+            )
 
     def position(self, step: int) -> dict[str, int] | None:
         """{"sequences": rows consumed, "skipped": steps skipped}, and "averaged", the updates in an average of

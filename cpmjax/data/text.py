@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cpmjax.data import tokenizer as tokenizers
@@ -27,6 +27,7 @@ class Text:
     def __init__(self, config: Config, stores: dict[str, Store], mixture: Mixture) -> None:
         length, seed = config.data.sequence_length, config.run.seed
         self.stores, self.mixture = stores, mixture
+        self.unnamed = sorted(config.data.corpora.keys() - stores.keys())  # by either stage
         self.rows = {name: Rows(store.train, length, seed) for name, store in stores.items()}
         self._check_batch(config)
         self.batches = Batches(mixture, self.rows)
@@ -52,8 +53,9 @@ class Text:
     def describe(self, begin: int, stages: Sequence[tuple[str, int]]) -> str:
         """A line for each corpus and for each stage, given by its name and the position at which it ends.
 
-        A corpus: its size, and how often it will have been read at the end. A stage: the share of its rows that each
-        corpus gets (the first stage counts from `begin`), and the epochs of that corpus read by then.
+        A corpus: its size, and how often it will have been read at the end; or that no stage names it. A stage: the
+        share of its rows that each corpus gets (the first stage counts from `begin`), and the epochs of that corpus
+        read by then.
         """
         read = self.mixture.counts(stages[-1][1])
         lines = []
@@ -66,6 +68,7 @@ class Text:
                 f"held out; read {read.get(name, 0) / self.rows[name].rows:.2f} times by the end"
                 + (f"; {skipped} bad documents skipped" if skipped else "")
             )
+        lines += [f"corpus {name}: not read, neither data.stable nor data.decay names it" for name in self.unnamed]
         before = self.mixture.counts(begin)
         for stage, end in stages:
             after = self.mixture.counts(end)
@@ -125,8 +128,13 @@ def _training_text(data: DataConfig) -> Iterator[str]:
                 yield document.text
 
 
-def open_stores(config: Config, tokenizer: Tokenizer, progress: Callable[[str], None]) -> dict[str, Store]:
-    """The tokenised corpora that the two stages name, built where they are not in the cache yet."""
+def open_stores(
+    config: Config, tokenizer: Tokenizer, progress: Callable[[str], None], begun: Mapping[str, str] = {}
+) -> dict[str, Store]:
+    """The tokenised corpora that the two stages name, built where they are not in the cache yet.
+
+    `begun` has the keys of those that a run began with, by corpus (see `build_or_open`).
+    """
     data = config.data
     return {
         name: build_or_open(
@@ -137,6 +145,7 @@ def open_stores(config: Config, tokenizer: Tokenizer, progress: Callable[[str], 
             on_bad=data.bad_documents,
             cache=Path(config.run.cache),
             progress=progress,
+            begun=begun.get(name),
         )
         for name in sorted(data.stable.keys() | data.decay.keys())
     }

@@ -68,17 +68,26 @@ def build_or_open(
     on_bad: OnBad,
     cache: Path,
     progress: Callable[[str], None],
+    begun: str | None = None,
 ) -> Store:
     """Opens the store of a corpus below `cache`, building it first if it is absent or damaged.
 
     `progress` is called with a line for each few megabytes of text. A store is renamed into place when it is
     complete, and is the same whatever the number of cores; of several processes one builds and the others wait. A
     build that was killed goes on after the parts that are whole and whose documents are still the same (see
-    `cpmjax.data.unfinished`). Raises UserError for bad documents (unless `on_bad` is "skip"), for a corpus that is
-    another one when its last document has been read than when the building began, and where the cache cannot be
-    written.
+    `cpmjax.data.unfinished`). `begun` is the key of the store that a run began with: where the corpus does not answer
+    any more, and that store is whole, it is opened. Raises Unreachable for a corpus that does not answer otherwise,
+    and UserError for bad documents (unless `on_bad` is "skip"), for a corpus that is another one when its last document
+    has been read than when the building began, and where the cache cannot be written.
     """
-    content = content_key(corpus, on_bad)
+    try:
+        content = content_key(corpus, on_bad)
+    except Unreachable as error:
+        store = None if begun is None else _open(cache.expanduser() / "tokens" / begun, name)
+        if store is None:
+            raise
+        progress(f"corpus {name}: {error}; going on with the tokens that the run began with")
+        return store
     parts = (_FORMAT, content, tokenizer.fingerprint, held_out)
     key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     folder = cache.expanduser() / "tokens" / f"{name}-{key}"

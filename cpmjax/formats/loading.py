@@ -50,6 +50,7 @@ class Reading:
     constants: Constants | None = None  # a MiniCPM whose config lacks them gets them, a Llama is unfolded by them
     text_start: TextStart | None = None  # of a released tokenizer; None: as AutoTokenizer
     dtype: np.dtype | None = None  # None: as they come
+    average: bool = False  # that of a run's parameters in their place
 
     def of(self, weights: Weights) -> Weights:
         if self.constants is not None and weights.config.parametrisation == "standard":
@@ -93,6 +94,8 @@ def open_stored(path: Path, step: int | None = None, reading: Reading = Reading(
     anything that is no whole model.
     """
     kind = recognise(path)
+    if reading.average and kind != "run":
+        raise UserError(f"{path}: holds no run; expected one to load the average of its parameters from")
     if step is not None and kind not in ("run", "history"):
         raise UserError(f"{path}: holds one model, without steps; expected no step, got {step}")
     if kind == "run":
@@ -161,9 +164,7 @@ def load(
         config, checkpoints, step = _checkpoint(RunDirectory(path), step)
         parameters = checkpoints.parameters(step, item="average" if average else "parameters")
         return MiniCPM(config.model, parameters, compute or config.compute)
-    if average:
-        raise UserError(f"{path}: holds no run; expected one to load the average of its parameters from")
-    stored = open_stored(path, step)
+    stored = open_stored(path, step, Reading(average=average))
     for note in stored.notes if kind == "gguf" else ():  # those of a config.json say what is usual
         warnings.warn(f"{path}: {note}", stacklevel=2)
     return MiniCPM(stored.weights.config, stored.weights.tree(), compute or ComputeConfig())
@@ -203,7 +204,8 @@ def _checkpoint(directory: RunDirectory, step: int | None) -> tuple[Config, Chec
 def _open_run(directory: RunDirectory, step: int | None, reading: Reading) -> Stored:
     config, checkpoints, step = _checkpoint(directory, step)
     tokenizer = Tokenizer.load(directory.tokenizer_file) if directory.tokenizer_file.exists() else None
-    return Stored(reading.of(checkpoints.weights(step, config.model)), tokenizer)
+    weights = checkpoints.weights(step, config.model, "average" if reading.average else "parameters")
+    return Stored(reading.of(weights), tokenizer)
 
 
 def _open_gguf(path: Path, reading: Reading) -> Stored:

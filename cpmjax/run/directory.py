@@ -224,6 +224,8 @@ class RunDirectory:
             change = {key: list(values) for key, values in changed.items()}
             # The same change twice in a row is one whose config.yaml a kill prevented.
             if [entry["keys"] for entry in provenance.get("changes", [])][-1:] != [change]:
+                if any(key.startswith("data.") for key in changed):
+                    provenance.pop("stores", None)  # what it began with may be other text
                 provenance["changes"] = [*provenance.get("changes", []), {"time": now(), "keys": change}]
                 self.write_provenance(provenance)
             write_atomically(self.config_file, dump(config))

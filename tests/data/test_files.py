@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import io
 import itertools
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
+import jobs
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from cpmjax.data.corpora import content_key, documents
+from cpmjax.data.text import make_tokenizer, open_stores
+from cpmjax.run.config import Config, DataConfig, ModelConfig, RunConfig
 from cpmjax.run.errors import Unreachable, UserError
 from cpmjax.run.sources import ArrayRecords, CorpusConfig, Jsonl, Parquet, TextFolder
 
@@ -65,8 +70,8 @@ def memory() -> Iterator[str]:
     store.rm("/", recursive=True)
 
 
-@pytest.fixture
-def server(folder: Path) -> Iterator[tuple[str, list[str]]]:
+@contextmanager
+def serving(folder: Path) -> Iterator[tuple[str, list[str]]]:
     """The folder by HTTP: (its address, the methods of the requests so far)."""
     requests: list[str] = []
 
@@ -78,6 +83,12 @@ def server(folder: Path) -> Iterator[tuple[str, list[str]]]:
         threading.Thread(target=http.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{http.server_port}", requests
         http.shutdown()
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    with serving(folder) as served:
+        yield served
 
 
 def refusal(corpus: CorpusConfig) -> str:
@@ -133,6 +144,54 @@ def test_the_key_of_a_store_without_versions_is_that_of_the_text(memory):
     assert content_key(corpus) != key
     store.pipe("/corpus/b.txt", b"second")
     assert content_key(corpus) == key
+
+
+def test_a_run_goes_on_without_its_store_and_a_new_one_does_not_begin(tmp_path):
+    texts = [file.read_text() for file in sorted(jobs.write_corpus(tmp_path / "words", 1).iterdir())]
+    (tmp_path / "words" / "x.jsonl").write_bytes(jsonl(texts))
+    config = dataclasses.replace(
+        Config(), run=RunConfig(cache=str(tmp_path / "cache")), model=ModelConfig(vocabulary=320)
+    )
+    said: list[str] = []
+    with serving(tmp_path / "words") as (address, _):
+        corpora = {"texts": Jsonl(f"{address}/x.jsonl")}
+        config = dataclasses.replace(config, data=DataConfig(corpora=corpora, stable={"texts": 1.0}))
+        tokenizer = make_tokenizer(config, print)
+        (store,) = open_stores(config, tokenizer, print).values()
+    (again,) = open_stores(config, tokenizer, said.append, {"texts": store.key}).values()
+    assert (again.key, again.summary) == (store.key, store.summary)
+    (line,) = said
+    assert line.startswith(f"corpus texts: {address}/x.jsonl: ")
+    assert line.endswith("expected a store that answers; going on with the tokens that the run began with")
+
+    def refused(begun: dict[str, str]) -> None:
+        with pytest.raises(Unreachable, match=r"expected a store that answers$"):
+            open_stores(config, tokenizer, print, begun)
+
+    refused({})
+    refused({"texts": "texts-0123456789abcdef"})
+    (tmp_path / "cache" / "tokens" / store.key / "train.tokens").write_bytes(b"cut short")
+    refused({"texts": store.key})
+
+
+@pytest.mark.slow
+def test_the_same_command_goes_on_without_its_store(tmp_path):
+    texts = [file.read_text() for file in sorted(jobs.write_corpus(tmp_path / "words", 1).iterdir())]
+    (tmp_path / "words" / "x.jsonl").write_bytes(jsonl(texts))
+    with serving(tmp_path / "words") as (address, _):
+        data = {"corpora": {"texts": {"type": "jsonl", "path": f"{address}/x.jsonl"}}}
+        data |= {"stable": {"texts": 1.0}, "decay": {}}
+        schedule = {"warmup": 1, "stable": 1, "decay": 1}
+        experiment = jobs.experiment(tmp_path, "run", data=data, schedule=schedule)
+        jobs.train(experiment)
+    longer = (experiment, "--schedule.decay=2", "--run.accept_changes=[schedule,data]")
+    refused = jobs.refusal(*longer[:2], f"--run.directory={tmp_path / 'new'}")
+    assert refused.startswith(f"{address}/x.jsonl: ") and not (tmp_path / "new" / "config.yaml").exists()
+    assert "; going on with the tokens that the run began with\n" in jobs.train(*longer)
+    assert [record["step"] for record in jobs.records(tmp_path / "run")] == [1, 2, 3, 4]
+    # Other documents are held out of other tokens.
+    for _ in range(2):
+        assert jobs.refusal(*longer, "--data.held_out=0.2").startswith(f"{address}/x.jsonl: ")
 
 
 def test_stores_that_are_not_there(memory):

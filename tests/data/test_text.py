@@ -84,6 +84,17 @@ def test_a_corpus_of_weight_0_is_evaluated_and_nothing_else(config):
     assert set(found.held_out) == {"words", "others"}
 
 
+def test_a_corpus_that_no_stage_names_is_said_not_to_be_read(config):
+    for decay, said in (({"words": 1.0}, ["others"]), (config.data.decay, []), ({}, ["others"])):
+        asked = dataclasses.replace(config, data=dataclasses.replace(config.data, decay=decay))
+        stores = text.open_stores(asked, text.make_tokenizer(asked, print), print)
+        found = text.Text(asked, stores, Mixture([Segment(None, asked.data.stable)], seed=1))
+        lines = found.describe(0, [("stable", 40)]).splitlines()
+        assert [line for line in lines if "not read" in line] == [
+            f"corpus {name}: not read, neither data.stable nor data.decay names it" for name in said
+        ]
+
+
 def test_relative_paths_start_in_the_folder(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 

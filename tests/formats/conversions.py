@@ -22,7 +22,9 @@ import pytest
 
 from cpmjax.checkpoint.store import Checkpoints
 from cpmjax.convert import main as convert_job
+from cpmjax.formats.loading import load
 from cpmjax.run import cli
+from cpmjax.run.config import CheckpointConfig
 from cpmjax.run.directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]
@@ -60,6 +62,16 @@ def copy_history(folder: Path, **places: str) -> Path:
     for step, place in places.items():
         (folder / place).parent.mkdir(exist_ok=True)
         shutil.copy(HISTORY / f"pytorch_model.{step.removeprefix('step')}", folder / place)
+    return folder
+
+
+def run_with_average(folder: Path) -> Path:
+    """The history as a run, and its step 400000: the parameters of 390000, and those of 300000 as their average."""
+    converted(HISTORY, folder, "--to=run", *KEYS)
+    last, average = (load(HISTORY, step).parameters for step in (390_000, 300_000))
+    with contextlib.closing(Checkpoints(folder / "checkpoints", CheckpointConfig())) as store:
+        store.save(400_000, last, {"count": np.zeros(())}, {"sequences": 0, "skipped": 0}, {}, average)
+        store.wait()
     return folder
 
 

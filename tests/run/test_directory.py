@@ -321,6 +321,15 @@ def test_a_name_accepts_itself_and_what_is_below_it(run: RunDirectory) -> None:
     assert list(run.check_resume(change(data=data, run=accepting("data.tokenizer")))) == ["data.tokenizer.sample_bytes"]
 
 
+def test_the_stores_that_a_run_began_with_are_forgotten_once_their_text_may_be_another(run: RunDirectory) -> None:
+    run.write_provenance(run.provenance() | {"stores": {"a": "a-0"}})
+    run.check_resume(change(checkpoint=CheckpointConfig(every=7), run=accepting("checkpoint")))
+    assert run.provenance()["stores"] == {"a": "a-0"}
+    data = dataclasses.replace(CONFIG.data, held_out=0.5)
+    run.check_resume(change(data=data, run=accepting("checkpoint", "data")))
+    assert "stores" not in run.provenance()
+
+
 def test_a_key_that_is_younger_than_the_run_has_its_default_there(run: RunDirectory) -> None:
     text = run.config_file.read_text()
     older = text.replace("  layers_base: 8\n", "")
