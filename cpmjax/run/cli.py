@@ -33,6 +33,7 @@ from cpmjax.run.config import Config, validate
 from cpmjax.run.errors import UserError
 from cpmjax.run.identity import encode, fingerprint
 from cpmjax.run.schedule import WSD
+from cpmjax.run.yaml_text import Dumper, Loader
 
 Tree = dict[str, Any]
 
@@ -45,38 +46,13 @@ _SCALARS = {
 }
 
 
-# YAML text. PyYAML follows YAML 1.1, where 1e-3 is text; here it is a number, both ways.
-
-
-class _Loader(yaml.SafeLoader):
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value} is there twice", problem_mark=key.start_mark)
-            seen.add(str(key.value))
-        return node
-
-
-class _Dumper(yaml.SafeDumper):
-    def represent_str(self, data: str) -> yaml.ScalarNode:
-        # PyYAML would write next line, U+0085, as a line break, which reads back as a space.
-        return self.represent_scalar("tag:yaml.org,2002:str", data, style='"' if "\x85" in data else None)
-
-
-_Dumper.add_representer(str, _Dumper.represent_str)
-
-
-_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+# YAML files.
 
 
 def read_yaml(path: Path) -> Tree:
     """The mapping that a YAML file holds. Raises UserError with file and line for anything else."""
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; expected a YAML file") from error
     except UnicodeDecodeError as error:
@@ -93,7 +69,7 @@ def read_yaml(path: Path) -> Tree:
 
 def dump(config: Config) -> str:
     """config.yaml: the resolved configuration, which `load` reads back equal; its fingerprint is the first line."""
-    text = yaml.dump(encode(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    text = yaml.dump(encode(config), Dumper=Dumper, sort_keys=False, allow_unicode=True)
     return f"# fingerprint: {fingerprint(config)}\n{text}"
 
 
@@ -125,7 +101,7 @@ def _arguments(argv: Sequence[str]) -> tuple[list[str], Tree]:
 
 def _value(key: str, text: str) -> Any:
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         if (problem := str(getattr(error, "problem", ""))).endswith("is there twice"):
             raise UserError(f"{_COMMAND_LINE}: --{key}={text}: {problem}; expected each key once") from error
