@@ -36,6 +36,7 @@ from cpmjax.training.log import Log
 from cpmjax.training.metrics import Throughput
 from cpmjax.training.optimizer import make_optimizer
 from cpmjax.training.origin import Origin, new_origin, starting_state
+from cpmjax.training.profile import Profile
 from cpmjax.training.recorder import Recorder
 from cpmjax.training.report import draw_curves, last_screen
 from cpmjax.training.state import abstract_state, averaged_parameters
@@ -76,7 +77,7 @@ def train(config: Config, directory: RunDirectory) -> int:
     # ---- model, optimizer, step ----------------------------------------------------------------------------------
     mesh = make_mesh(config.mesh)
     by_row = batch_sharding(mesh, config)
-    throughput = Throughput(config)
+    throughput = Throughput(config, began)
     optimizer = make_optimizer(config.model, config.optimizer)
     loss = next_token_loss(config.model, config.compute, config.training.z_loss)
     _say(mup.describe(config.model, config.optimizer))
@@ -118,8 +119,7 @@ def train(config: Config, directory: RunDirectory) -> int:
         )
 
         def save(step: int) -> None:
-            """Lines first: a checkpoint that is there has all of them."""
-            recorder.flush()
+            """After the lines of its step: a checkpoint that is there has all of them."""
             log.sync()
             position = {"sequences": timeline.position(step), "skipped": int(state.skipped)}
             if state.average is not None:
@@ -134,35 +134,40 @@ def train(config: Config, directory: RunDirectory) -> int:
             contextlib.closing(Log(directory, config, start, timeline.total)) as log,
             StopRequest() as stop,
             Loader(text.batches, timeline.batches(start), by_row) as loader,
+            Profile(directory.profile, config.log.profiled, throughput) as profile,
         ):
-            throughput.start()
+            throughput.start(lambda: loader.waited)
             recorder = Recorder(log, timeline, throughput, start, int(state.skipped), checkpoints.newest)
             for step, batch in enumerate(loader, start + 1):
-                state, metrics = programs[len(batch["tokens"])](state, batch, timeline.rates(step))
+                profile.before(step, state)
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    state, metrics = programs[len(batch["tokens"])](state, batch, timeline.rates(step))
+                profile.after(step, metrics)
                 recorder.add(step, metrics)
                 if timeline.evaluates(step):
                     jax.block_until_ready(metrics)
-                    with throughput.paused():
+                    with throughput.paused("evaluation"):
                         found = evaluate(state.trainable)
                         if (average := averaged_parameters(state)) is not None:
                             found |= {f"average/{name}": value for name, value in evaluate(average).items()}
                     recorder.flush(found)
-                    with throughput.paused():
+                    with throughput.paused("evaluation"):
                         log.write_samples(prompts(state.trainable, step))
                         if time.monotonic() - drawn > _SECONDS_BETWEEN_PLOTS:
                             draw_curves(directory, timeline)
                             drawn = time.monotonic()
                 stopping = stop.received is not None
                 if timeline.saves(step) or stopping:
-                    with throughput.paused():
+                    recorder.flush()  # what is left of the step is no saving
+                    with throughput.paused("saving"):
                         save(step)
                 if stopping:
                     break
             recorder.flush()
-            checkpoints.wait()
+            with throughput.paused("saving"):
+                checkpoints.wait()
             saved = checkpoints.steps()
-            rate = throughput.summary(step - start, timeline.tokens(step) - timeline.tokens(start))
-            _say(f"{rate}; {loader.waited:.1f} s of it waiting for data")
+            _say(throughput.summary(step - start, timeline.tokens(step) - timeline.tokens(start)))
         draw_curves(directory, timeline)
     if step < timeline.total:
         _say(f"{stop.received}: saved step {step} of {timeline.total}; the same command goes on from there")

@@ -32,7 +32,7 @@ from cpmjax.training.state import abstract_state
 
 Tree = dict[str, Any]
 
-CLOCK = ("tokens_per_second", "mfu", "seconds")  # what may differ between two runs of one experiment
+CLOCK = ("tokens_per_second", "mfu", "goodput", "seconds")  # what may differ between two runs of one experiment
 
 
 def write_corpus(folder: Path, seed: int, documents: int = 40) -> Path:

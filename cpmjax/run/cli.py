@@ -304,6 +304,8 @@ def _read_parent(directory: Path) -> tuple[Tree, str]:
     tree.pop("branch", None)
     if isinstance(tree.get("run"), dict):
         tree["run"] = {k: v for k, v in tree["run"].items() if k not in ("directory", "accept_changes")}
+    if isinstance(tree.get("log"), dict):  # its steps are the parent's
+        tree["log"] = {k: v for k, v in tree["log"].items() if k != "profile_steps"}
     return tree, str(path)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -277,10 +278,26 @@ class LogConfig:
     every: int = 1
     tensorboard: bool = True
     wandb: str | None = None  # a wandb project; needs `pip install wandb`
+    profile_steps: str | None = None  # FIRST:LAST, both included: a trace of these steps in profile/; may change
+
+    @property
+    def profiled(self) -> range:
+        """The steps of profile_steps; empty without."""
+        if self.profile_steps is None:
+            return range(0)
+        first, last = map(int, self.profile_steps.split(":"))
+        return range(first, last + 1)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.every < 1:
             yield "every", "a positive whole number"
+        if self.profile_steps is not None:
+            form = re.fullmatch("[0-9]{1,15}:[0-9]{1,15}", self.profile_steps)
+            if form is None or not self.profiled or self.profiled[0] < 1:
+                yield (
+                    "profile_steps",
+                    "FIRST:LAST, the first and the last step to trace, as in 10:13; steps count from 1",
+                )
 
 
 @dataclass(frozen=True)
@@ -331,6 +348,8 @@ class Config:
         # A branch from before the end of its parent's warm-up may well end before it does.
         if self.training.batch_warmup and self.branch.run is None and batches.warmup_steps >= total:
             yield "training.batch_warmup", f"an end before step {total}, the last, got step {batches.warmup_steps}"
+        if self.log.profiled and self.log.profiled[-1] > total:
+            yield "log.profile_steps", f"steps up to {total}, the last"
 
 
 # What has passed the coordinate check with each optimizer at its default rate (`python -m cpmjax.study

@@ -146,6 +146,7 @@ class RunDirectory:
         self.provenance_file = self.path / "provenance.json"
         self.checkpoints = self.path / "checkpoints"
         self.plots = self.path / "plots"
+        self.profile = self.path / "profile"
 
     @property
     def exists(self) -> bool:

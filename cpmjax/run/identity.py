@@ -28,8 +28,9 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-# Keys that say where a run and its text live or what a resume may change; they are no part of what the run is.
-_NOT_PART_OF_A_RUN = ("run.directory", "run.cache", "run.accept_changes", "data.folder")
+# Keys that say where a run and its text live, which steps to trace or what a resume may change; they are no part of
+# what the run is.
+_NOT_PART_OF_A_RUN = ("run.directory", "run.cache", "run.accept_changes", "data.folder", "log.profile_steps")
 # Keys that are younger than some runs, with their defaults: there they are no part of the fingerprint, so that an older
 # run keeps its own. A star is any name.
 _YOUNGER: dict[str, Any] = {

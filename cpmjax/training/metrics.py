@@ -1,10 +1,10 @@
-"""Numbers that say how a run is doing: norms by class of parameter, throughput, MFU."""
+"""Numbers that say how a run is doing: norms by class of parameter, throughput, MFU, goodput."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +24,17 @@ def norms_by_role(name: str, config: ModelConfig, tree: Tree) -> dict[str, jax.A
 
 
 class Throughput:
-    """Tokens per second and MFU between two logged steps, without what is `paused` (evaluation, saving).
+    """Tokens per second and MFU between two logged steps, and goodput, the share of a job's time that steps have had.
 
-    MFU = tokens per second * training FLOPs per token (`cpmjax.model.flops`) / (devices * peak FLOPs of one).
+    MFU = tokens per second * training FLOPs per token (`cpmjax.model.flops`) / (devices * peak FLOPs of one); the
+    seconds of evaluation, saving and profiling do not count there.
+    Goodput = 1 - (seconds of start-up, which compiles, waiting for data, evaluation, saving and profiling) / seconds
+    since the job began, from 0 to 1. It is about this job alone: that a later one repeats the steps which a kill took
+    after the last checkpoint shows in neither.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, began: float):
+        """`began`: when the job did, by `time.perf_counter`."""
         self._flops_per_token = training_flops_per_token(config.model, config.data.sequence_length)
         peak, source = peak_flops(jax.devices()[0])
         self._peak = peak * jax.device_count()
@@ -37,31 +42,45 @@ class Throughput:
             f"MFU = tokens/s x {self._flops_per_token:.4g} FLOPs a token (6 N and causal attention) "
             f"/ {self._peak:.4g} FLOPs/s ({jax.device_count()} x {source})"
         )
-        self.start()
+        self._began = began
 
-    def start(self) -> None:
-        """Begins to measure."""
+    def start(self, waited: Callable[[], float]) -> None:
+        """Begins to measure steps: the start-up is over. `waited` tells the seconds waited for data since then."""
         self._start = self._last = time.perf_counter()
-        self._paused = self._paused_in_all = 0.0
+        self._waited = waited
+        self._paused = {"evaluation": 0.0, "saving": 0.0, "profiling": 0.0}
+        self._paused_at_last = 0.0
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self, kind: str) -> Iterator[None]:
+        """For `kind`: evaluation, saving or profiling."""
         began = time.perf_counter()
         yield
-        self._paused += time.perf_counter() - began
+        self._paused[kind] += time.perf_counter() - began
 
     def measure(self, tokens: int) -> dict[str, float]:
-        """The clock's part of a metrics line, over the tokens since the last one."""
-        now = time.perf_counter()
-        rate = tokens / max(now - self._last - self._paused, 1e-9)
-        self._paused_in_all += self._paused
-        self._last, self._paused = now, 0.0
+        """The clock's part of a metrics line; its rates are over the tokens since the last one."""
+        now, paused = time.perf_counter(), sum(self._paused.values())
+        rate = tokens / max(now - self._last - (paused - self._paused_at_last), 1e-9)
+        self._last, self._paused_at_last = now, paused
         mfu = rate * self._flops_per_token / self._peak
-        return {"tokens_per_second": rate, "mfu": mfu, "seconds": now - self._start}
+        goodput = self._seconds_by_kind(now)["steps"] / max(now - self._began, 1e-9)
+        return {"tokens_per_second": rate, "mfu": mfu, "goodput": goodput, "seconds": now - self._start}
 
     def summary(self, steps: int, tokens: int) -> str:
-        elapsed = time.perf_counter() - self._start
-        training = max(elapsed - self._paused_in_all - self._paused, 1e-9)
-        rate = tokens / training
+        """Two lines: the first about the steps, the second about the whole job."""
+        now = time.perf_counter()
+        elapsed, total, seconds = now - self._start, now - self._began, self._seconds_by_kind(now)
+        rate = tokens / max(elapsed - sum(self._paused.values()), 1e-9)
         mfu = rate * self._flops_per_token / self._peak
-        return f"{steps} steps in {elapsed:.1f} s, {rate:,.0f} tokens/s and MFU {mfu:.1%} without evaluation and saving"
+        return (
+            f"{steps} steps in {elapsed:.1f} s, {rate:,.0f} tokens/s and MFU {mfu:.1%} without evaluation and saving; "
+            f"{self._waited():.1f} s of it waiting for data\n"
+            f"goodput {seconds['steps'] / max(total, 1e-9):.1%} of {total:.1f} s: "
+            + ", ".join(f"{kind} {part:.1f} s" for kind, part in seconds.items())
+        )
+
+    def _seconds_by_kind(self, now: float) -> dict[str, float]:
+        """They add up to the seconds since the job began."""
+        elsewhere = {"start-up": self._start - self._began, "waiting for data": self._waited()} | self._paused
+        return {"steps": now - self._began - sum(elsewhere.values())} | elsewhere

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from cpmjax.run import cli
 from cpmjax.run.config import Config, DataConfig, EvaluationConfig, RunConfig
 from cpmjax.run.errors import UserError
-from cpmjax.run.identity import encode, fingerprint
+from cpmjax.run.identity import differences, encode, fingerprint
 from cpmjax.run.schedule import WSD, WSDS, Constant, Cosine, CosineLoop
 from cpmjax.run.sources import Jsonl, TextFolder
 
@@ -180,6 +180,28 @@ def test_an_optimizer_with_a_parametrisation_that_is_not_muP_for_it_is_refused()
     )
     own = refused(*DATA, "--training.ema=0.9", "--optimizer.type=schedule_free")
     assert own.startswith("training.ema = 0.9: expected null with optimizer.type=schedule_free")
+
+
+def test_the_steps_of_a_trace(parent: Path) -> None:
+    def at(steps: str) -> Config:
+        return load(*DATA, f"--log.profile_steps={steps}")
+
+    total = Config().schedule.total
+    assert list(at("10:13").log.profiled) == [10, 11, 12, 13]  # 613 in YAML 1.1
+    assert list(at(f"{total}:{total}").log.profiled) == [total]
+    assert list(at("null").log.profiled) == []
+    for wrong in ("13:10", "a:b", "0:3", "10", "-1:3", "1:2:3", "10:", "1:2.5"):
+        message = refused(*DATA, f"--log.profile_steps={wrong}")
+        assert wrong in message and ("FIRST:LAST" in message or "expected text" in message)
+    assert refused(*DATA, f"--log.profile_steps=10:{total + 1}") == (
+        f"log.profile_steps = '10:{total + 1}': expected steps up to {total}, the last"
+    )
+    assert fingerprint(at("10:13")) == fingerprint(at("null"))
+    assert differences(encode(at("10:13")), encode(at("null"))) == {}
+    traced = load(*DATA, "--schedule={warmup: 10, stable: 90, decay: 20}", "--log.profile_steps=10:13")
+    (parent / "config.yaml").write_text(cli.dump(traced))
+    assert cli.read_yaml(parent / "config.yaml")["log"]["profile_steps"] == "10:13"
+    assert load(*branch(parent)).log.profile_steps is None  # a branch counts its own steps
 
 
 def test_a_flag_is_no_value() -> None:
