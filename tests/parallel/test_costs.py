@@ -127,20 +127,21 @@ def training(compute: ComputeConfig, rows: int):
 @pytest.mark.parametrize(
     "compute, again",
     [
-        (ComputeConfig(remat="none"), SCORES),  # attention computes its scores again in any case
-        (ComputeConfig(remat="dots"), SCORES),
-        # The whole block but its last product, which no gradient asks for.
-        (ComputeConfig(remat="block"), LAYERS - DOWN + 2 * SCORES),
-        (ComputeConfig(remat="dots", loss_chunk=128), SCORES + HEAD),
-        # Without a loop between forward and backward XLA finds the scores it has already.
-        (ComputeConfig(remat="dots", unroll=3), 0),
+        (ComputeConfig(remat="none"), {SCORES}),  # attention computes its scores again in any case
+        (ComputeConfig(remat="dots"), {SCORES}),
+        # The whole block but its last product, which no gradient asks for; then attention its scores, which jax 0.10
+        # takes from what was computed again and jax 0.12 does not.
+        (ComputeConfig(remat="block"), {LAYERS - DOWN + 2 * SCORES, LAYERS - DOWN + 3 * SCORES}),
+        (ComputeConfig(remat="dots", loss_chunk=128), {SCORES + HEAD}),
+        # Without a loop between forward and backward jax 0.10 takes the scores it has already, jax 0.12 does not.
+        (ComputeConfig(remat="dots", unroll=3), {0, SCORES}),
     ],
 )
 def test_a_gradient(compute, again):
     """Forward once, backward twice that, and what is computed again."""
     state, batch, loss, _ = training(compute, ROWS)
     program = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(state.trainable, batch).compile()
-    assert costs(program, make_mesh(MeshConfig())).flops == 3 * FORWARD + again
+    assert costs(program, make_mesh(MeshConfig())).flops - 3 * FORWARD in again
 
 
 def test_a_training_step():
