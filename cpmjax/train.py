@@ -24,7 +24,7 @@ from cpmjax.data.tokenizer import Tokenizer
 from cpmjax.model import mup
 from cpmjax.model.parameters import count
 from cpmjax.model.presets import PRESETS
-from cpmjax.parallel import compiled
+from cpmjax.parallel import compiled, costs
 from cpmjax.parallel.mesh import make_mesh
 from cpmjax.run import cli
 from cpmjax.run.config import Config
@@ -97,6 +97,7 @@ def train(config: Config, directory: RunDirectory) -> int:
             took = f"compiled in {time.perf_counter() - compile_began:.1f} s"
             _say(f"{rows} rows a step: {took} for {mesh.size} x {mesh.devices.flat[0]}")
             _say(compiled.describe(compiled.memory(programs[rows]), compiled.device_memory(mesh.devices.flat[0])))
+            _say(costs.describe(programs[rows], mesh))
 
         # ---- where it stands: nothing was written to the run before all of the above had worked ------------------
         if not resumes:
