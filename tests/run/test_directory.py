@@ -417,4 +417,5 @@ def test_names_of_the_files(tmp_path: Path) -> None:
         "provenance_file": "provenance.json",
         "checkpoints": "checkpoints",
         "plots": "plots",
+        "profile": "profile",
     }
