@@ -133,10 +133,11 @@ def open_stores(
 ) -> dict[str, Store]:
     """The tokenised corpora that the two stages name, built where they are not in the cache yet.
 
-    `begun` has the keys of those that a run began with, by corpus (see `build_or_open`).
+    `begun` has the keys of those that a run began with, by corpus (see `build_or_open`); `progress` also says of which
+    corpus it is another one now.
     """
     data = config.data
-    return {
+    stores = {
         name: build_or_open(
             name,
             placed(data.corpora[name], data.folder),
@@ -149,6 +150,10 @@ def open_stores(
         )
         for name in sorted(data.stable.keys() | data.decay.keys())
     }
+    for name, store in stores.items():
+        if begun.get(name, store.key) != store.key:
+            progress(f"corpus {name}: its text, or where it lies, is not what the run began with")
+    return stores
 
 
 def make_mixture(config: Config, stores: dict[str, Store], order: Sequence[Segment], end: int) -> Mixture:

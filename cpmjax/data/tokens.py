@@ -20,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,9 +122,10 @@ def _only_builder(building: Path, on_wait: Callable[[], None]) -> Iterator[None]
             on_wait()
             fcntl.flock(lock, fcntl.LOCK_EX)
         for leftover in folder.glob("*.building"):
-            written = max(path.stat().st_mtime for path in (leftover, *leftover.iterdir()))
-            if leftover != building and time.time() - written > _KEPT_SECONDS:
-                shutil.rmtree(leftover)
+            with suppress(FileNotFoundError):  # whoever has its store removes it without the lock
+                written = max(path.stat().st_mtime for path in (leftover, *leftover.iterdir()))
+                if leftover != building and time.time() - written > _KEPT_SECONDS:
+                    shutil.rmtree(leftover)
         yield
 
 

@@ -93,7 +93,7 @@ def attend_rows(
     if length > _LONGEST_ROW:
         slots_BL = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
         places = Places(segments_BL, slots_BL)
-        return attend_chunked(query_BLHK, key_BLGK, value_BLGK, places, places)
+        return checkpoint_name(attend_chunked(query_BLHK, key_BLGK, value_BLGK, places, places), "mixed")
     query_BGRLK = query_BLHK.reshape(batch, length, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
     # Slots last: gradients of keys and values then are products that XLA's CPU library is three times as fast at.
     key_BGKS, value_BGKS = (x_BLGK.transpose(0, 2, 3, 1) for x_BLGK in (key_BLGK, value_BLGK))

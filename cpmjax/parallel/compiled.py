@@ -1,4 +1,4 @@
-"""Compiled programs: kept from one process to the next, and what one costs, by the compiler's own analysis."""
+"""Compiled programs: kept from one process to the next, and the memory of one, by the compiler's own analysis."""
 
 from __future__ import annotations
 

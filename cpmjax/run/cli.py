@@ -33,7 +33,7 @@ from cpmjax.run.config import Config, validate
 from cpmjax.run.errors import UserError
 from cpmjax.run.identity import encode, fingerprint
 from cpmjax.run.schedule import WSD
-from cpmjax.run.yaml_text import Dumper, Loader
+from cpmjax.run.yaml_text import Dumper, KeyTwice, Loader
 
 Tree = dict[str, Any]
 
@@ -102,9 +102,9 @@ def _arguments(argv: Sequence[str]) -> tuple[list[str], Tree]:
 def _value(key: str, text: str) -> Any:
     try:
         return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        if (problem := str(getattr(error, "problem", ""))).endswith("is there twice"):
-            raise UserError(f"{_COMMAND_LINE}: --{key}={text}: {problem}; expected each key once") from error
+    except KeyTwice as error:
+        raise UserError(f"{_COMMAND_LINE}: --{key}={text}: {error.problem}; expected each key once") from error
+    except yaml.YAMLError:
         return text  # `*.md` is no YAML, but a good glob
 
 

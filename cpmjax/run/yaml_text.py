@@ -10,6 +10,10 @@ import yaml
 _TAG = "tag:yaml.org,2002:"
 
 
+class KeyTwice(yaml.MarkedYAMLError):
+    """A mapping has a key twice; `problem` names it."""
+
+
 class Loader(yaml.SafeLoader):
     """1e-3 is a number and 10:13 is text, not a number of base 60; a key that is there twice is an error."""
 
@@ -18,7 +22,7 @@ class Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value} is there twice", problem_mark=key.start_mark)
+                raise KeyTwice(problem=f"the key {key.value} is there twice", problem_mark=key.start_mark)
             seen.add(str(key.value))
         return node
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -69,6 +70,18 @@ def test_shares_and_epochs_are_those_of_the_rows_that_are_read(config):
         assert line == f"rows {begin:,} to {end:,} ({stage}): " + "; ".join(shares)
         begin = end
     assert f"read {read['words'] / found.rows['words'].rows:.2f} times by the end" in description
+
+
+def test_a_resumed_run_says_of_which_corpus_the_text_has_changed(config):
+    made = text.make_tokenizer(config, print)
+    begun = {name: store.key for name, store in text.open_stores(config, made, print).items()}
+    said: list[str] = []
+    text.open_stores(config, made, said.append, begun)
+    assert said == []
+    (file, *_) = Path(config.data.corpora["words"].path).iterdir()
+    file.write_text(file.read_text() + " and more")
+    text.open_stores(config, made, said.append, begun)
+    assert said[-1] == "corpus words: its text, or where it lies, is not what the run began with"
 
 
 def test_a_corpus_of_weight_0_is_evaluated_and_nothing_else(config):

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cpmjax.parallel.costs import Collective, axes_of, costs, read, replica_groups
+from cpmjax.parallel.costs import Collective, costs, read
+from cpmjax.parallel.device_groups import axes_of, replica_groups
 from cpmjax.parallel.mesh import make_mesh
 from cpmjax.run.config import ComputeConfig, Config, DataConfig, MeshConfig, ModelConfig, TrainingConfig
 from cpmjax.run.errors import UserError
