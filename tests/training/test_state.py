@@ -65,9 +65,9 @@ def losses(mesh, accumulation: int = 1, optimizer=OPTIMIZER) -> tuple[list[float
 
 
 def check_parts(state: TrainState, parts: int, norm_parts: int) -> None:
-    """Each device holds 1/parts of every matrix and of its two moments (1/norm_parts of a norm gain), no two the same.
+    """Each device holds 1/parts of every matrix and of its two moments (1/norm_parts of a norm gain).
 
-    Equal parts of distinct places make a whole, so what a device holds is what it must.
+    Equal parts of as many distinct places make a whole, so what a device holds is what it must.
     """
     adam = state.optimizer[1]
     for tree in (state.trainable, adam.mu, adam.nu):
@@ -91,6 +91,7 @@ def check_eight_devices() -> None:
     for mesh, parts, norm_parts, accumulation in (
         (MeshConfig(data=1, fsdp=8), 8, 8, 1),
         (MeshConfig(data=1, fsdp=4, tensor=2), 8, 4, 2),
+        (MeshConfig(data=1, fsdp=4, sequence=2), 4, 4, 1),
     ):
         made = new_state(make_mesh(mesh))
         check_parts(made, parts, norm_parts)
