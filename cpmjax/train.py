@@ -37,10 +37,11 @@ from cpmjax.training.metrics import Throughput
 from cpmjax.training.optimizer import make_optimizer
 from cpmjax.training.origin import Origin, new_origin, starting_state
 from cpmjax.training.profile import Profile
+from cpmjax.training.program import lower_step
 from cpmjax.training.recorder import Recorder
 from cpmjax.training.report import draw_curves, last_screen
 from cpmjax.training.state import abstract_state, averaged_parameters
-from cpmjax.training.step import abstract_batch, batch_sharding, make_step, next_token_loss
+from cpmjax.training.step import batch_sharding
 from cpmjax.training.timeline import Timeline
 
 _SECONDS_BETWEEN_PLOTS = 20.0
@@ -79,21 +80,16 @@ def train(config: Config, directory: RunDirectory) -> int:
     by_row = batch_sharding(mesh, config)
     throughput = Throughput(config, began)
     optimizer = make_optimizer(config.model, config.optimizer)
-    loss = next_token_loss(config.model, config.compute, config.training.z_loss)
     _say(mup.describe(config.model, config.optimizer))
     _say(f"{count(config.model):,} parameters, {count(config.model, embeddings=False):,} of them not embeddings")
     _say(text.describe(origin.position, timeline.stage_ends()))
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         abstract = abstract_state(config.model, optimizer, mesh, averaged=config.training.ema is not None)
-        shardings = jax.tree.map(lambda x: x.sharding, abstract)
         programs: dict[int, jax.stages.Compiled] = {}
         for rows in timeline.batch_sizes():  # one program each: what it takes is known before the first step
-            each = config.of_batch(rows)
-            step_function = make_step(config.model, loss, optimizer, each.training.accumulation, config.training.ema)
-            jitted = jax.jit(step_function, donate_argnums=0, out_shardings=(shardings, None))
             compile_began = time.perf_counter()
-            programs[rows] = jitted.lower(abstract, abstract_batch(each, by_row), timeline.rates(1)).compile()
+            programs[rows] = lower_step(config.of_batch(rows), optimizer, abstract, by_row).compile()
             took = f"compiled in {time.perf_counter() - compile_began:.1f} s"
             _say(f"{rows} rows a step: {took} for {mesh.size} x {mesh.devices.flat[0]}")
             _say(compiled.describe(compiled.memory(programs[rows]), compiled.device_memory(mesh.devices.flat[0])))
