@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from cpmjax.model.transformer import MiniCPM
+from cpmjax.parallel.sharding import only, partition, split_axes
 
 
 class TokenLosses(NamedTuple):
@@ -24,27 +26,53 @@ class TokenLosses(NamedTuple):
 def token_losses(model: MiniCPM, hidden_BLD: jax.Array, targets_BL: jax.Array) -> TokenLosses:
     """Cross entropy of the head's logits against int32 targets.
 
-    At most `compute.loss_chunk` tokens (at least one position of each row) have logits at one time, in the backward
-    pass too: a chunk is a slice along the length, so that rows stay on their devices, and is computed again for the
-    gradient.
+    On a device, at most `compute.loss_chunk` tokens (at least one position of each row) have logits at one time, in the
+    backward pass too: a chunk is a slice along the length, and is computed again for the gradient.
     """
+    axes = split_axes("rows", "length")
+    if not axes:
+        return _in_chunks(model, model.head_weight, hidden_BLD, targets_BL)
+
+    # Each device goes through its own tokens with the whole head, so that the gradient of the head is summed over
+    # devices once: left to the compiler it would be once for each chunk.
+    def local(weight_DV: jax.Array, hidden_BLD: jax.Array, targets_BL: jax.Array) -> TokenLosses:
+        # Its own on each device from here on, so that the sum comes here too, after the loop over chunks.
+        others = tuple(axis for axis in axes if axis not in split_axes("width"))
+        weight_DV = jax.lax.pcast(weight_DV.astype(hidden_BLD.dtype), others, to="varying")
+        for axis in split_axes("width"):
+            weight_DV = jax.lax.all_gather(weight_DV, axis, axis=0, tiled=True)
+        return _in_chunks(model, weight_DV, hidden_BLD, targets_BL)
+
+    def placed(*names: str | None) -> PartitionSpec:
+        return only(axes, partition(names))
+
+    on_devices = jax.shard_map(
+        local,
+        in_specs=(placed("width", None), placed("rows", "length", None), placed("rows", "length")),
+        out_specs=placed("rows", "length"),
+        axis_names=set(axes),
+    )
+    return on_devices(model.head_weight, hidden_BLD, targets_BL)
+
+
+def _in_chunks(model: MiniCPM, weight_DV: jax.Array, hidden_BLD: jax.Array, targets_BL: jax.Array) -> TokenLosses:
     batch, length, width = hidden_BLD.shape
     positions = max(1, model.compute.loss_chunk // batch)
     if positions >= length:
-        return _chunk_losses(model, hidden_BLD, targets_BL)
+        return _chunk_losses(model, weight_DV, hidden_BLD, targets_BL)
     chunks = -(-length // positions)
     padding = chunks * positions - length
     hidden_BLD = jnp.pad(hidden_BLD, ((0, 0), (0, padding), (0, 0)))
     targets_BL = jnp.pad(targets_BL, ((0, 0), (0, padding)))
     hidden = jnp.moveaxis(hidden_BLD.reshape(batch, chunks, positions, width), 1, 0)
     targets = jnp.moveaxis(targets_BL.reshape(batch, chunks, positions), 1, 0)
-    chunk = jax.checkpoint(lambda xs: _chunk_losses(model, *xs), prevent_cse=False)
+    chunk = jax.checkpoint(lambda xs: _chunk_losses(model, weight_DV, *xs), prevent_cse=False)
     losses = jax.lax.map(chunk, (hidden, targets))
     return TokenLosses(*(jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length] for x in losses))
 
 
-def _chunk_losses(model: MiniCPM, hidden_BLD: jax.Array, targets_BL: jax.Array) -> TokenLosses:
-    logits_BLV = model.head(hidden_BLD)
+def _chunk_losses(model: MiniCPM, weight_DV: jax.Array, hidden_BLD: jax.Array, targets_BL: jax.Array) -> TokenLosses:
+    logits_BLV = model.head(hidden_BLD, weight_DV)
     logsumexp_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
     target_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
     rms_BL = jnp.sqrt(jnp.mean(jax.lax.stop_gradient(logits_BLV) ** 2, axis=-1))

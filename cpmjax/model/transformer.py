@@ -19,6 +19,7 @@ from flax import nnx
 from cpmjax.model import mup, rotary
 from cpmjax.model.attention import KEPT, attend_rows
 from cpmjax.model.linear import linear
+from cpmjax.model.lookup import look_up
 from cpmjax.model.parameters import Tree
 from cpmjax.parallel.sharding import constrain
 from cpmjax.run.config import ComputeConfig, ModelConfig
@@ -123,9 +124,9 @@ class MiniCPM(nnx.Module):
 
     def embed(self, tokens_BL: jax.Array) -> jax.Array:
         """tokens -> [B, L, D] in the compute type, scaled by scale_emb."""
-        # A table whose width is split is gathered before the lookup: splitting what was looked up costs far more.
-        table_VD = constrain(self.parameters["embedding"].astype(self.compute.dtype), ("vocabulary", None))
-        return constrain(table_VD[tokens_BL] * jnp.asarray(self.multipliers.embedding, table_VD.dtype), ACTIVATION)
+        # Looked up before the cast: the gradient of a token that comes often is summed in the type of the parameters.
+        x_BLD = look_up(self.parameters["embedding"], tokens_BL).astype(self.compute.dtype)
+        return constrain(x_BLD * jnp.asarray(self.multipliers.embedding, x_BLD.dtype), ACTIVATION)
 
     def trunk(
         self, x_BLD: jax.Array, positions_BL: jax.Array, segments_BL: jax.Array, taps: tuple[str, ...] = ()
@@ -151,9 +152,14 @@ class MiniCPM(nnx.Module):
         )
         return rms_norm(self.parameters["final_norm"], x_BLD, config.norm_epsilon), tapped
 
-    def head(self, h_BLD: jax.Array) -> jax.Array:
-        """Hidden states of any leading shape -> float32 logits [..., V]."""
-        weight_DV = self.parameters["embedding"].T if self.config.tied else self.parameters["head"]
+    @property
+    def head_weight(self) -> jax.Array:
+        """[D, V]; of a tied model the embedding, transposed."""
+        return self.parameters["embedding"].T if self.config.tied else self.parameters["head"]
+
+    def head(self, h_BLD: jax.Array, weight_DV: jax.Array | None = None) -> jax.Array:
+        """Hidden states of any leading shape -> float32 logits [..., V]; a weight takes the place of `head_weight`."""
+        weight_DV = self.head_weight if weight_DV is None else weight_DV
         return linear(weight_DV, h_BLD * jnp.asarray(self.multipliers.logits, h_BLD.dtype)).astype(jnp.float32)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -50,7 +50,18 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition(axes))
 
 
+def split_axes(*axes: str) -> tuple[str, ...]:
+    """The axes of the mesh of `jax.set_mesh`, of more than one part, over which logical axes are split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(name for axis in axes for name in RULES[axis] if mesh.shape.get(name, 1) > 1)
+
+
 def splits(axis: str) -> bool:
     """Whether the mesh of `jax.set_mesh` has more than one part for a logical axis."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return any(mesh.shape.get(mesh_axis, 1) > 1 for mesh_axis in RULES[axis])
+    return bool(split_axes(axis))
+
+
+def only(mesh_axes: Collection[str], spec: PartitionSpec) -> PartitionSpec:
+    """A placement without all other axes of the mesh: what `jax.shard_map` over some of them is told."""
+    parts = [(part,) if isinstance(part, str) else part or () for part in spec]
+    return PartitionSpec(*(tuple(name for name in part if name in mesh_axes) or None for part in parts))
