@@ -1,6 +1,7 @@
-"""What one run of a compiled program costs each device: FLOPs of its products, and what it sends to other devices.
+"""What one run of a compiled program costs each device: FLOPs of its products, what it reads and writes in memory, and
+what it sends to other devices.
 
-Both are read from the optimised HLO text of the program. XLA's own analysis counts the body of a loop once; here what
+All is read from the optimised HLO text of the program. XLA's own analysis counts the body of a loop once; here what
 stands in a loop counts as often as the loop turns. Of a conditional the costliest branch counts.
 """
 
@@ -16,6 +17,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cpmjax.parallel.device_groups import axes_between, axes_of, replica_groups
+from cpmjax.parallel.hlo import Computation, Instruction, numbers, parse, shapes, size_in_bytes
+from cpmjax.parallel.traffic import moved
 from cpmjax.run.errors import UserError
 
 # Bytes that one of n devices sends, from the bytes it puts in: rings (Thakur, Rabenseifner & Gropp 2005, Optimization
@@ -30,11 +33,17 @@ SENT: dict[str, Callable[[int, float], float]] = {
 }
 _UNKNOWN_COLLECTIVES = ("ragged-all-to-all", "collective-broadcast")
 
-_CUBLAS = '"lhs_contracting_dimensions"'  # in the backend_config of its calls
+# Custom calls of a TPU's compiler that multiply nothing.
+_WITHOUT_PRODUCTS = {
+    "AllocateBuffer",
+    "AssumeGatherIndicesInBound",
+    "AsyncCollectiveDone",
+    "AsyncCollectiveStart",
+    "ConcatBitcast",
+    "GatherScatterIndicesBitpacked",
+}
 
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
-_SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+_CUBLAS = '"lhs_contracting_dimensions"'  # in the backend_config of its calls
 
 
 @dataclass(frozen=True)
@@ -55,21 +64,25 @@ class Costs:
     """One run of a program on one device."""
 
     flops: int  # of matrix products and convolutions, 2 for each multiplication; what XLA computes twice counts twice
+    moved: float  # bytes read from the device's memory and written to it (`cpmjax.parallel.traffic`)
     collectives: tuple[Collective, ...]  # the one that sends most first
     opaque: tuple[str, ...]  # targets of custom calls whose insides are not known: not in `flops`
 
     def describe(self) -> str:
         """One line of FLOPs and, of a program that sends anything, one of collectives."""
         beside = f" (without custom calls: {', '.join(self.opaque)})" if self.opaque else ""
-        lines = [f"products of the compiled step, each device: {self.flops:.4g} FLOPs{beside}"]
+        lines = [
+            f"products of the compiled step, each device: {self.flops:.4g} FLOPs{beside}; "
+            f"{self.moved / 2**30:,.3g} GiB read from memory and written to it"
+        ]
         if self.collectives:
             lines.append(f"sent by each device in a step: {', '.join(map(str, self.collectives))}")
         return "\n".join(lines)
 
 
-def costs(compiled: Any, mesh: Mesh) -> Costs:
-    """Costs of a `jax.stages.Compiled` on the devices of `mesh`. Raises UserError as `read` does."""
-    return read(compiled.as_text(), dict(mesh.shape))
+def costs(compiled: Any, mesh: Mesh, turns: int | None = None) -> Costs:
+    """Costs of a `jax.stages.Compiled` on the devices of `mesh`; `turns` and errors as of `read`."""
+    return read(compiled.as_text(), dict(mesh.shape), turns)
 
 
 def describe(compiled: Any, mesh: Mesh) -> str:
@@ -80,85 +93,17 @@ def describe(compiled: Any, mesh: Mesh) -> str:
         return f"not known: {error}"
 
 
-def read(text: str, mesh: dict[str, int]) -> Costs:
+def read(text: str, mesh: dict[str, int], turns: int | None = None) -> Costs:
     """Costs of an optimised HLO module for a mesh {axis: size}, whose last axis runs fastest over the devices.
 
-    Raises UserError for a loop that holds costs and does not say how often it turns, and for a form not known here.
+    `turns` is how often a loop turns that does not say it. Raises UserError for one that holds costs, if that is None,
+    and for a form not known here.
     """
-    computations, entry = _parse(text)
-    total = _Reader(computations, mesh).computation(entry)
+    computations, entry = parse(text)
+    total = _Reader(computations, mesh, turns).computation(entry)
     collectives = [Collective(*key, *sums) for key, sums in total.collectives.items()]
     collectives.sort(key=lambda each: (-each.sent, each.kind, each.axes))
-    return Costs(total.flops, tuple(collectives), tuple(sorted(total.opaque)))
-
-
-# ---- text -> instructions --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Instruction:
-    name: str
-    result: str  # its type as written
-    opcode: str
-    operands: str
-    attributes: str
-
-    @property
-    def arguments(self) -> list[str]:
-        return re.findall(r"%([\w.\-]+)", self.operands)
-
-    def called(self, *keys: str) -> list[str]:
-        """Computations named by attributes such as body=%x or branch_computations={%x, %y}."""
-        found = re.findall(rf"\b(?:{'|'.join(keys)})=(\{{[^}}]*\}}|%[\w.\-]+)", self.attributes)
-        return [name for group in found for name in re.findall(r"%([\w.\-]+)", group)]
-
-
-@dataclass
-class _Computation:
-    instructions: dict[str, _Instruction] = field(default_factory=dict)
-    root: str = ""
-
-
-def _parse(text: str) -> tuple[dict[str, _Computation], str]:
-    """-> all computations of a module by name, and the name of its entry."""
-    computations: dict[str, _Computation] = {}
-    entry, current = "", None
-    for line in text.splitlines():
-        if header := _COMPUTATION.match(line):
-            current = computations[header[2]] = _Computation()
-            entry = header[2] if header[1] else entry
-        elif current is not None and (match := _INSTRUCTION.match(line)):
-            root, name, result, opcode, rest = match.groups()
-            end = _closing(rest)
-            current.instructions[name] = _Instruction(name, result, opcode, rest[:end], rest[end:])
-            current.root = name if root else current.root
-    if not entry:
-        raise UserError("costs of a program: its text has no ENTRY computation; expected optimised HLO")
-    return computations, entry
-
-
-def _closing(text: str) -> int:
-    """Where the parenthesis that was open before `text` is closed."""
-    depth = 1
-    for match in re.finditer(r"[()]", text):
-        depth += 1 if match[0] == "(" else -1
-        if not depth:
-            return match.start()
-    return len(text)
-
-
-def _shapes(result: str) -> list[tuple[str, tuple[int, ...]]]:
-    """A type, or a tuple of types -> (element type, sizes) of each."""
-    return [(kind, _numbers(sizes)) for kind, sizes in _SHAPE.findall(result)]
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(int, re.findall(r"\d+", text)))
-
-
-def _bytes(kind: str, sizes: tuple[int, ...]) -> float:
-    bits = re.search(r"\d+", kind)  # pred has none and takes a byte
-    return math.prod(sizes) * (int(bits[0]) if bits else 8) / 8
+    return Costs(total.flops, total.moved, tuple(collectives), tuple(sorted(total.opaque)))
 
 
 # ---- instructions -> costs -------------------------------------------------------------------------------------------
@@ -170,38 +115,42 @@ _Key = tuple[str, tuple[str, ...]]  # kind and axes of a collective
 @dataclass
 class _Total:
     flops: int = 0
+    moved: float = 0.0  # bytes
     collectives: dict[_Key, tuple[int, float]] = field(default_factory=dict)  # how many, bytes sent
     opaque: set[str] = field(default_factory=set)
 
     def add(self, other: _Total, times: int = 1) -> None:
         self.flops += times * other.flops
+        self.moved += times * other.moved
         for key, (count, sent) in other.collectives.items():
             before = self.collectives.get(key, (0, 0.0))
             self.collectives[key] = (before[0] + times * count, before[1] + times * sent)
         self.opaque |= other.opaque
 
     @property
-    def size(self) -> tuple[int, float]:
-        return self.flops, sum(sent for _, sent in self.collectives.values())
+    def size(self) -> tuple[int, float, float]:
+        return self.flops, sum(sent for _, sent in self.collectives.values()), self.moved
 
 
 class _Reader:
     """Sums over computations; each is read once, however often it is called."""
 
-    def __init__(self, computations: dict[str, _Computation], mesh: dict[str, int]):
+    def __init__(self, computations: dict[str, Computation], mesh: dict[str, int], turns: int | None):
         self._computations = computations
         self._mesh = mesh
+        self._turns_unsaid = turns
         self._known: dict[str, _Total] = {}
 
     def computation(self, name: str) -> _Total:
         if name not in self._known:
-            total = _Total()
-            for each in self._computations[name].instructions.values():
-                total.add(self._instruction(each, self._computations[name]))
+            total, within = _Total(), self._computations[name]
+            for each in within.instructions.values():
+                total.add(self._instruction(each, within))
+                total.moved += moved(each, within, self._computations)
             self._known[name] = total
         return self._known[name]
 
-    def _instruction(self, each: _Instruction, within: _Computation) -> _Total:
+    def _instruction(self, each: Instruction, within: Computation) -> _Total:
         kind = each.opcode.removesuffix("-start")
         if kind in SENT:
             return self._collective(each, kind, within)
@@ -217,14 +166,25 @@ class _Reader:
         total = _Total()
         if each.opcode == "while":
             once = self._sum(each.called("body", "condition"))
-            costs_something = once.flops or once.collectives
-            total.add(once, _trip_count(each, within, self._computations) if costs_something else 0)
+            total.add(once, self._turns(each, within, required=bool(once.flops or once.collectives)))
         elif each.opcode in ("fusion", "call", "async-start", "custom-call"):
             total.add(self._sum(each.called("calls", "to_apply", "called_computations")))
-            if each.opcode == "custom-call" and not total.flops:
-                target = re.search(r'custom_call_target="([^"]*)"', each.attributes)
-                total.opaque.add(target[1] if target else each.name)
+            if each.opcode != "call":  # what is fused reads and writes as one
+                total.moved = 0.0
+            if each.opcode == "custom-call" and not total.flops and each.target not in _WITHOUT_PRODUCTS:
+                total.opaque.add(each.target)
         return total
+
+    def _turns(self, loop: Instruction, within: Computation, required: bool) -> int:
+        """Once if it is not said and all it costs is memory traffic. Raises UserError if that is not all."""
+        turns = _trip_count(loop, within, self._computations)
+        turns = self._turns_unsaid if turns is None else turns
+        if turns is None and required:
+            raise UserError(
+                f"costs of a program: the loop {loop.name} does not say how often it turns; "
+                "expected known_trip_count or a count from one constant to another"
+            )
+        return 1 if turns is None else turns
 
     def _sum(self, names: list[str]) -> _Total:
         total = _Total()
@@ -232,13 +192,20 @@ class _Reader:
             total.add(self.computation(name))
         return total
 
-    def _collective(self, each: _Instruction, kind: str, within: _Computation) -> _Total:
-        size = sum(_bytes(*shape) for name in each.arguments for shape in _shapes(within.instructions[name].result))
+    def _collective(self, each: Instruction, kind: str, within: Computation) -> _Total:
+        # A TPU's compiler spreads one collective over a chain of fusions and names it in each: it counts once.
+        if "chain_id=" in each.attributes and not any(
+            other.target == "AsyncCollectiveStart" for other in within.instructions.values()
+        ):
+            return _Total()
+        size = sum(
+            size_in_bytes(*shape) for name in each.arguments for shape in shapes(within.instructions[name].result)
+        )
         if kind == "collective-permute":
             pairs = re.search(r"source_target_pairs=\{([\d,{}]*)\}", each.attributes)
-            numbers = _numbers(pairs[1] if pairs else "")
+            ends = numbers(pairs[1] if pairs else "")
             groups: Sequence[tuple[int, ...]] = [
-                pair for pair in zip(numbers[::2], numbers[1::2], strict=True) if pair[0] != pair[1]
+                pair for pair in zip(ends[::2], ends[1::2], strict=True) if pair[0] != pair[1]
             ]
             axes = axes_between(groups, self._mesh)
         else:
@@ -250,26 +217,26 @@ class _Reader:
         return _Total(collectives={(kind, axes): (1, SENT[kind](devices, size))})
 
 
-def _sizes(name: str, within: _Computation) -> tuple[int, ...]:
-    return _shapes(within.instructions[name].result)[0][1]
+def _sizes(name: str, within: Computation) -> tuple[int, ...]:
+    return shapes(within.instructions[name].result)[0][1]
 
 
-def _dot_flops(each: _Instruction, within: _Computation) -> int:
+def _dot_flops(each: Instruction, within: Computation) -> int:
     """2 for each number of the result and each index summed over; also cuBLAS's calls, which say it in their JSON."""
     summed = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([^}\]]*)', each.attributes)
     left = _sizes(each.arguments[0], within)
-    contracted = math.prod(left[axis] for axis in _numbers(summed[1])) if summed else 1
-    return 2 * math.prod(_shapes(each.result)[0][1]) * contracted
+    contracted = math.prod(left[axis] for axis in numbers(summed[1])) if summed else 1
+    return 2 * math.prod(shapes(each.result)[0][1]) * contracted
 
 
-def _convolution_flops(each: _Instruction, within: _Computation) -> int:
+def _convolution_flops(each: Instruction, within: Computation) -> int:
     """2 for each multiplication with a number that is there, not with padding or the holes of a dilation: a TPU's
     compiler writes products with batch axes as convolutions over mostly such."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", each.attributes)
     if labels is None:
         raise UserError(f"costs of a program: the convolution {each.name} has no dim_labels")
     image, kernel = (dict(zip(labels[i + 1], _sizes(each.arguments[i], within), strict=True)) for i in range(2))
-    result = dict(zip(labels[3], _shapes(each.result)[0][1], strict=True))
+    result = dict(zip(labels[3], shapes(each.result)[0][1], strict=True))
     window = dict(re.findall(r"(\w+)=([\dx_\-]+)", (re.findall(r"window=\{([^}]*)\}", each.attributes) or [""])[0]))
     met = 1
     for axis in sorted(set(labels[1]) - {"b", "f"}):  # spatial axes are numbered in the order of the window's sizes
@@ -288,8 +255,9 @@ def _convolution_flops(each: _Instruction, within: _Computation) -> int:
 # ---- loops -----------------------------------------------------------------------------------------------------------
 
 
-def _trip_count(loop: _Instruction, within: _Computation, computations: dict[str, _Computation]) -> int:
-    """As the compiler noted it; or from a condition `element < constant`, a constant start and a constant step."""
+def _trip_count(loop: Instruction, within: Computation, computations: dict[str, Computation]) -> int | None:
+    """As the compiler noted it; or from a condition `element < constant`, a constant start and a constant step;
+    None if neither."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
     condition, body = (computations[loop.called(key)[0]] for key in ("condition", "body"))
@@ -302,14 +270,11 @@ def _trip_count(loop: _Instruction, within: _Computation, computations: dict[str
                     isinstance(first, int) and same == index and step > 0
                 ):
                     return max(0, -((first - limit) // step))
-    raise UserError(
-        f"costs of a program: the loop {loop.name} does not say how often it turns; "
-        "expected known_trip_count or a count from one constant to another"
-    )
+    return None
 
 
 def _scalar(
-    name: str, within: _Computation, computations: dict[str, _Computation], given: list[Any] | None = None
+    name: str, within: Computation, computations: dict[str, Computation], given: list[Any] | None = None
 ) -> Any:
     """An integer as an expression: a constant; ("element", its index in what a loop carries); ("add", x, y); ("less",
     x, y); None for all else. `given` are the parameters of a fusion; without, the parameter is what a loop carries."""

@@ -29,6 +29,7 @@ from typing import Any, Literal, NoReturn
 import draccus
 import yaml
 
+from cpmjax.run import libtpu
 from cpmjax.run.config import Config, validate
 from cpmjax.run.errors import UserError
 from cpmjax.run.identity import encode, fingerprint
@@ -369,6 +370,7 @@ def main(job: Callable[[list[str]], int | None]) -> NoReturn:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: a terminal of ASCII ends no job
+    libtpu.keep_quiet()
     try:
         sys.exit(job(sys.argv[1:]))
     except KeyboardInterrupt:

@@ -46,7 +46,7 @@ def decode_weights(model: MiniCPM) -> DecodeWeights:
     """
     on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.dtype("float32") if on_cpu else jnp.dtype(model.compute.dtype)
-    return _decode_weights(model, dtype, narrow=on_cpu and jax.sharding.get_abstract_mesh().empty)
+    return arranged(model, dtype, narrow=on_cpu and jax.sharding.get_abstract_mesh().empty)
 
 
 def widened(weights: DecodeWeights) -> DecodeWeights:
@@ -66,7 +66,8 @@ def _widened(weights: DecodeWeights) -> DecodeWeights:
 
 
 @partial(jax.jit, static_argnames=("dtype", "narrow"))
-def _decode_weights(model: MiniCPM, dtype: jnp.dtype, narrow: bool) -> DecodeWeights:
+def arranged(model: MiniCPM, dtype: jnp.dtype, narrow: bool) -> DecodeWeights:
+    """`decode_weights` for this arithmetic, with `Narrow` matrices where they are wanted."""
     config, parameters, compute = model.config, model.parameters, jnp.dtype(model.compute.dtype)
 
     def stored(leaf: jax.Array) -> jax.Array:

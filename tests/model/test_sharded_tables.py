@@ -1,4 +1,4 @@
-"""Embedding and head on eight simulated devices: what one device computes, with no more traffic than the split needs."""
+"""Embedding and head on eight simulated devices: what one device computes, and no more traffic than that needs."""
 
 from __future__ import annotations
 
