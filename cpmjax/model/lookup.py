@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import jax
 
-from cpmjax.parallel.sharding import only, partition, split_axes
+from cpmjax.parallel.sharding import by_hand, only, partition, split_axes
 
 
 def look_up(table_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
@@ -30,5 +30,5 @@ def look_up(table_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
 
     axes = split_axes("rows", "length")
     table, rows = (only(axes, partition(names)) for names in (("vocabulary", "width"), ("rows", "length")))
-    on_devices = jax.shard_map(local, in_specs=(table, rows), out_specs=rows, axis_names=set(axes))
+    on_devices = jax.shard_map(local, in_specs=(table, rows), out_specs=rows, axis_names=by_hand(axes))
     return on_devices(table_VD, tokens_BL)

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from cpmjax.model.transformer import MiniCPM
-from cpmjax.parallel.sharding import only, partition, split_axes
+from cpmjax.parallel.mesh import AXES
+from cpmjax.parallel.sharding import by_hand, only, partition, split_axes
 
 
 class TokenLosses(NamedTuple):
@@ -33,15 +34,18 @@ def token_losses(model: MiniCPM, hidden_BLD: jax.Array, targets_BL: jax.Array) -
     if not axes:
         return _in_chunks(model, model.head_weight, hidden_BLD, targets_BL)
 
+    manual = by_hand(axes)
+
     # Each device goes through its own tokens with the whole head, so that the gradient of the head is summed over
     # devices once: left to the compiler it would be once for each chunk.
     def local(weight_DV: jax.Array, hidden_BLD: jax.Array, targets_BL: jax.Array) -> TokenLosses:
-        # Its own on each device from here on, so that the sum comes here too, after the loop over chunks.
-        others = tuple(axis for axis in axes if axis not in split_axes("width"))
-        weight_DV = jax.lax.pcast(weight_DV.astype(hidden_BLD.dtype), others, to="varying")
+        if len(manual) == len(AXES):  # else what is summed is float32, see by_hand
+            weight_DV = weight_DV.astype(hidden_BLD.dtype)
         for axis in split_axes("width"):
             weight_DV = jax.lax.all_gather(weight_DV, axis, axis=0, tiled=True)
-        return _in_chunks(model, weight_DV, hidden_BLD, targets_BL)
+        # Its own on each device from here on, so that the sum comes here too, after the loop over chunks.
+        others = tuple(axis for axis in axes if axis not in split_axes("width"))
+        return _in_chunks(model, jax.lax.pcast(weight_DV, others, to="varying"), hidden_BLD, targets_BL)
 
     def placed(*names: str | None) -> PartitionSpec:
         return only(axes, partition(names))
@@ -50,7 +54,7 @@ def token_losses(model: MiniCPM, hidden_BLD: jax.Array, targets_BL: jax.Array) -
         local,
         in_specs=(placed("width", None), placed("rows", "length", None), placed("rows", "length")),
         out_specs=placed("rows", "length"),
-        axis_names=set(axes),
+        axis_names=manual,
     )
     return on_devices(model.head_weight, hidden_BLD, targets_BL)
 

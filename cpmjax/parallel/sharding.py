@@ -61,6 +61,16 @@ def splits(axis: str) -> bool:
     return bool(split_axes(axis))
 
 
+def by_hand(mesh_axes: Collection[str]) -> set[str]:
+    """What to give `jax.shard_map` as `axis_names`: these, and all others too if none of them has more than one part.
+
+    Axes that are left to the compiler cost XLA's CPU compiler its sums of bfloat16: it aborts.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    others = {axis for axis in mesh.shape if axis not in mesh_axes}
+    return {*mesh_axes} if any(mesh.shape[axis] > 1 for axis in others) else {*mesh_axes, *others}
+
+
 def only(mesh_axes: Collection[str], spec: PartitionSpec) -> PartitionSpec:
     """A placement without all other axes of the mesh: what `jax.shard_map` over some of them is told."""
     parts = [(part,) if isinstance(part, str) else part or () for part in spec]

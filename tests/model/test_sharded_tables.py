@@ -89,6 +89,10 @@ def check_loss() -> None:
                     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
                 collectives = costs(program, mesh).collectives
                 sent.append(sum(each.sent for each in collectives if "tensor" not in each.axes))
+            # In bfloat16 XLA's CPU compiler aborts on some sums that it takes in float32.
+            table, hidden_16, targets = arguments[0], arguments[1].astype(jnp.bfloat16), arguments[2]
+            rounded = jax.jit(gradient(4))(table, hidden_16, targets)
+        np.testing.assert_allclose(rounded[0][0], expected[0][0], rtol=2e-2)
         assert sent[1] <= 1.01 * sent[0], config
 
 

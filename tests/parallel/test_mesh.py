@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
@@ -20,6 +22,21 @@ class Device:
     """All that the layout of a mesh asks of a device."""
 
     id: int
+    platform: str = "cpu"
+    device_kind: str = "TPU v5 lite"
+    coords: tuple[int, int, int] = (0, 0, 0)  # in the torus of a slice
+    core_on_chip: int = 0
+    slice_index: int | None = None
+
+
+def slices(count: int, side: int) -> list[Any]:
+    """So many slices of TPUs, side x side each, in the order in which jax numbers them within a slice."""
+    return [
+        Device(side * y + x, "tpu", coords=(x, y, 0), slice_index=number)
+        for number in range(count)
+        for y in range(side)
+        for x in range(side)
+    ]
 
 
 def devices(count: int) -> list[Any]:
@@ -58,6 +75,34 @@ def test_axes_multiply_to_the_devices_and_minus_one_takes_what_is_left(config, c
 def test_a_mesh_of_another_number_of_devices_is_refused(config, message):
     with pytest.raises(UserError, match=message):
         make_mesh(config, devices(8))
+
+
+@pytest.mark.parametrize(
+    "config, across",
+    [
+        (MeshConfig(), {"data"}),
+        (MeshConfig(data=4, fsdp=-1), {"data"}),
+        (MeshConfig(data=1, fsdp=-1, tensor=2), {"fsdp"}),
+        (MeshConfig(data=2, fsdp=2, sequence=-1), {"data", "fsdp"}),
+    ],
+)
+def test_slices_are_split_by_data_and_fsdp_alone(config, across):
+    """Of four slices: along every other axis, and so in each step of tensor and sequence, the slice stays the same."""
+    mesh = make_mesh(config, slices(4, 4))
+    numbers = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    assert {axis for place, axis in enumerate(AXES) if np.ptp(numbers, axis=place).any()} == across
+    assert len({(device.slice_index, device.id) for device in mesh.devices.flat}) == 4 * 16
+
+
+def test_neighbours_on_an_axis_are_neighbours_in_the_torus():
+    places = [device.coords for device in make_mesh(MeshConfig(data=1, fsdp=16), slices(1, 4)).devices.flat]
+    apart = [sum(abs(a - b) for a, b in zip(one, other, strict=True)) for one, other in itertools.pairwise(places)]
+    assert max(apart) == 1
+
+
+def test_slices_that_only_tensor_or_sequence_could_split_are_refused():
+    with pytest.raises(UserError, match="data 1 x fsdp 2 x tensor 32 x sequence 1 on 4 slices: expected data x fsdp"):
+        make_mesh(MeshConfig(data=1, fsdp=2, tensor=32), slices(4, 4))
 
 
 def test_partition_follows_the_table():
