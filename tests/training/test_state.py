@@ -6,7 +6,7 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import jax
@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, NamedSharding
 
-from cpmjax.model.parameters import flat, owner, specs
+from cpmjax.model.parameters import count, flat, owner, specs
 from cpmjax.parallel.mesh import AXES, make_mesh
 from cpmjax.parallel.sharding import partition
-from cpmjax.run.config import ComputeConfig, MeshConfig, ModelConfig
+from cpmjax.run.config import ComputeConfig, Config, DataConfig, MeshConfig, ModelConfig, TrainingConfig
 from cpmjax.run.errors import UserError
 from cpmjax.run.optimizers import Adafactor, AdamW, Lion, Muon, ScheduleFree
 from cpmjax.training.optimizer import make_optimizer
 from cpmjax.training.state import TrainState, abstract_state, create_state, parameter_shardings
-from cpmjax.training.step import Rates, make_step, next_token_loss
+from cpmjax.training.step import Rates, batch_sharding, make_step, next_token_loss
 
 MODEL = ModelConfig(vocabulary=304, width=32, layers=2, heads=4, feed_forward=64, dim_model_base=16)
 ROWS, LENGTH, STEPS = 8, 16, 5
@@ -146,14 +146,44 @@ def test_one_device_a_fresh_state_and_its_declaration_agree():
 
 
 @pytest.mark.parametrize(
-    "mesh, model, message",
+    "mesh, sizes, message",
     [
-        ({"fsdp": 8}, {"width": 36, "heads": 3}, "axis width of size 36 cannot be split over mesh fsdp = 8"),
-        ({"tensor": 8}, {"vocabulary": 307}, "axis vocabulary of size 307 cannot be split over mesh tensor = 8"),
-        ({"tensor": 8}, {"feed_forward": 60}, "axis feed_forward of size 60 cannot be split over mesh tensor = 8"),
+        ({"fsdp": 8}, {"width": 36, "heads": 3}, "parameter embedding: axis width of size 36 .* mesh fsdp = 8"),
+        (
+            {"tensor": 8},
+            {"feed_forward": 60, "heads": 8},
+            "layers/down: axis feed_forward of size 60 .* mesh tensor = 8",
+        ),
+        # 16 outputs of 4 heads divide into 8 parts, but a head does not.
+        ({"tensor": 8}, {}, "model.heads: axis heads of size 4 cannot be split over mesh tensor = 8"),
+        ({"tensor": 4}, {"kv_heads": 2}, "model.kv_heads: axis heads of size 2 cannot be split over mesh tensor = 4"),
+        ({"data": 2, "fsdp": 8}, {}, "of 8 rows .*: axis rows of size 8 cannot be split over mesh data x fsdp = 16"),
+        ({"fsdp": 8}, {"accumulation": 2}, "of 8 rows .*: axis rows of size 4 .* mesh data x fsdp = 8"),
+        ({"sequence": 3}, {}, "data.sequence_length.*: axis length of size 16 cannot be split over mesh sequence = 3"),
     ],
 )
-def test_axes_that_do_not_divide_are_refused_with_the_numbers(mesh, model, message):
-    sizes = tuple(mesh.get(axis, 1) for axis in AXES)
-    with pytest.raises(UserError, match=message):
-        parameter_shardings(replace(MODEL, **model), AbstractMesh(sizes, AXES))
+def test_what_a_mesh_does_not_divide_is_refused_with_the_numbers(mesh, sizes, message):
+    names = {field.name for field in fields(ModelConfig)}
+    config = Config(
+        model=replace(MODEL, **{key: size for key, size in sizes.items() if key in names}),
+        data=replace(DataConfig(), sequence_length=LENGTH),
+        training=replace(TrainingConfig(), batch_size=ROWS, accumulation=sizes.get("accumulation", 1)),
+    )
+    devices = AbstractMesh(tuple(mesh.get(axis, 1) for axis in AXES), AXES)
+    with pytest.raises(UserError, match=message) as error:
+        parameter_shardings(config.model, devices)
+        batch_sharding(devices, config)
+    assert "\n" not in str(error.value)
+
+
+def test_a_vocabulary_is_padded_where_a_mesh_does_not_divide_it():
+    model = replace(MODEL, vocabulary=301, tied=False)
+    optimizer = make_optimizer(model, AdamW())
+    for tensor, padded in ((1, 301), (2, 302), (4, 304)):
+        state = abstract_state(model, optimizer, AbstractMesh((1, 2, tensor, 1), AXES))
+        for tree in (state.trainable, state.optimizer[1].mu, state.optimizer[1].nu):
+            assert {path: leaf.shape for path, leaf in flat(tree).items()} == {
+                path: tuple(padded if size == 301 else size for size in spec.shape)
+                for path, spec in flat(specs(model)).items()
+            }
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.trainable)) - count(model) == 2 * 3 * model.width
