@@ -61,17 +61,23 @@ def abstract_state(
     return jax.tree_util.tree_map_with_path(place, shapes)
 
 
-def create_state(
-    config: ModelConfig, optimizer: optax.GradientTransformation, abstract: TrainState, seed: int
-) -> TrainState:
-    """Parameters drawn from the seed and fresh moments; each device makes its own part."""
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+def initialisation(
+    config: ModelConfig, optimizer: optax.GradientTransformation, abstract: TrainState
+) -> jax.stages.Wrapped:
+    """A jitted function: key -> parameters drawn from it and fresh moments, of which each device makes its own part."""
     averaged = abstract.average is not None
 
     def make(key: jax.Array) -> TrainState:
         return padded(initial_state(config, optimizer, key, averaged=averaged), abstract)
 
-    return jax.jit(make, out_shardings=shardings)(jax.random.key(seed))
+    return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))
+
+
+def create_state(
+    config: ModelConfig, optimizer: optax.GradientTransformation, abstract: TrainState, seed: int
+) -> TrainState:
+    """What `initialisation` makes of a seed."""
+    return initialisation(config, optimizer, abstract)(jax.random.key(seed))
 
 
 def new_moments(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -16,6 +17,8 @@ import pytest
 from jax.sharding import AbstractMesh, NamedSharding
 
 from cpmjax.model.parameters import count, flat, owner, specs
+from cpmjax.model.presets import PRESETS
+from cpmjax.parallel.costs import costs
 from cpmjax.parallel.mesh import AXES, make_mesh
 from cpmjax.parallel.sharding import partition
 from cpmjax.run.config import ComputeConfig, Config, DataConfig, MeshConfig, ModelConfig, TrainingConfig
@@ -23,7 +26,7 @@ from cpmjax.run.errors import UserError
 from cpmjax.run.optimizers import Adafactor, AdamW, Lion, Muon, ScheduleFree
 from cpmjax.training.optimizer import make_optimizer
 from cpmjax.training.padding import at_rest, from_rest
-from cpmjax.training.state import TrainState, abstract_state, create_state, parameter_shardings
+from cpmjax.training.state import TrainState, abstract_state, create_state, initialisation, parameter_shardings
 from cpmjax.training.step import Rates, batch_sharding, make_step, next_token_loss
 
 MODEL = ModelConfig(vocabulary=304, width=32, layers=2, heads=4, feed_forward=64, dim_model_base=16)
@@ -98,6 +101,25 @@ def check_eight_devices() -> None:
                 np.testing.assert_array_equal(np.asarray(values), np.asarray(expected[name]), err_msg=name)
 
 
+def check_initialisation_of_the_2b() -> None:
+    """Runs in a process with eight simulated devices, none of which ever has an array to itself; nothing is run."""
+    model = ModelConfig(tied=False, **PRESETS["minicpm-2b"])
+    optimizer = make_optimizer(model, AdamW())
+    largest = 4 * max(math.prod(spec.shape) for spec in flat(specs(model)).values())
+    for sizes in (MeshConfig(data=1, fsdp=8), MeshConfig(data=1, fsdp=2, tensor=4)):
+        mesh = make_mesh(sizes)
+        abstract = abstract_state(model, optimizer, mesh)
+        program = initialisation(model, optimizer, abstract).lower(jax.random.key(0)).compile()
+        held, share = program.memory_analysis(), 3 * 4 * count(model) / 8
+        assert share <= held.output_size_in_bytes < 1.001 * share  # parameters and two moments: 4.5 GB
+        assert held.temp_size_in_bytes < 0.6 * share
+        # The longest is an eighth of the largest parameter, as 64-bit counters of the random numbers.
+        arrays = re.findall(r"\b[a-z]+(\d+)\[([\d,]+)\]", program.as_text())
+        longest = max(int(bits) // 8 * math.prod(map(int, shape.split(","))) for bits, shape in arrays)
+        assert largest / 8 <= longest <= 2 * largest / 8
+        assert costs(program, mesh).collectives == ()
+
+
 def check_every_optimizer_on_eight_devices() -> None:
     """Runs in a process with eight simulated devices: whatever has the shape of a parameter is split as it is."""
     mesh, one = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2)), make_mesh(MeshConfig(), jax.devices()[:1])
@@ -123,7 +145,9 @@ def check_every_optimizer_on_eight_devices() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("check", ["check_eight_devices", "check_every_optimizer_on_eight_devices"])
+@pytest.mark.parametrize(
+    "check", ["check_eight_devices", "check_initialisation_of_the_2b", "check_every_optimizer_on_eight_devices"]
+)
 def test_eight_devices_hold_an_eighth_each(check):
     environment = os.environ | {
         # Little optimisation: the programs are compiled for longer than they run.
