@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from cpmjax.model.parameters import flat, specs
 from cpmjax.parallel.costs import costs
 from cpmjax.parallel.mesh import make_mesh
-from cpmjax.run.config import ComputeConfig, Config, DataConfig, MeshConfig, ModelConfig, TrainingConfig
+from cpmjax.run.config import Config, DataConfig, MeshConfig, ModelConfig, TrainingConfig
 from cpmjax.run.optimizers import AdamW
 from cpmjax.training.optimizer import make_optimizer
 from cpmjax.training.padding import at_rest
@@ -35,7 +35,6 @@ CONFIG = Config(
     model=MODEL,
     data=replace(DataConfig(), sequence_length=LENGTH),
     training=replace(TrainingConfig(), batch_size=ROWS, accumulation=1),
-    compute=replace(ComputeConfig(), loss_chunk=128),  # two chunks of half a row each
 )
 OUTER = ("embedding", "head")
 ONE = MeshConfig(data=1)
