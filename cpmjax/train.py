@@ -36,6 +36,7 @@ from cpmjax.training.log import Log
 from cpmjax.training.metrics import Throughput
 from cpmjax.training.optimizer import make_optimizer
 from cpmjax.training.origin import Origin, new_origin, starting_state
+from cpmjax.training.padding import at_rest
 from cpmjax.training.profile import Profile
 from cpmjax.training.program import lower_step
 from cpmjax.training.recorder import Recorder
@@ -121,9 +122,9 @@ def train(config: Config, directory: RunDirectory) -> int:
             position = {"sequences": timeline.position(step), "skipped": int(state.skipped)}
             if state.average is not None:
                 position["averaged"] = int(state.average.updates)
-            checkpoints.save(
-                step, state.trainable, state.optimizer, position, timeline.facts(step), averaged_parameters(state)
-            )
+            stored = at_rest(config.model, state)
+            average = averaged_parameters(stored)
+            checkpoints.save(step, stored.trainable, stored.optimizer, position, timeline.facts(step), average)
 
         # ---- the loop --------------------------------------------------------------------------------------------
         drawn = time.monotonic()
@@ -149,7 +150,7 @@ def train(config: Config, directory: RunDirectory) -> int:
                             found |= {f"average/{name}": value for name, value in evaluate(average).items()}
                     recorder.flush(found)
                     with throughput.paused("evaluation"):
-                        log.write_samples(prompts(state.trainable, step))
+                        log.write_samples(prompts(at_rest(config.model, state.trainable), step))
                         if time.monotonic() - drawn > _SECONDS_BETWEEN_PLOTS:
                             draw_curves(directory, timeline)
                             drawn = time.monotonic()

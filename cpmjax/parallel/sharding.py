@@ -6,7 +6,8 @@ import math
 from collections.abc import Collection, Sequence
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from cpmjax.run.errors import UserError
 
@@ -33,13 +34,40 @@ def partition(axes: Axes) -> PartitionSpec:
     return PartitionSpec(*(mesh_axes or None for mesh_axes in placed))
 
 
+def parts(mesh: Mesh | AbstractMesh, axis: str | None) -> int:
+    """Into how many parts a mesh, which may be empty, splits a logical axis."""
+    return math.prod(mesh.shape.get(mesh_axis, 1) for mesh_axis in RULES[axis]) if axis else 1
+
+
+def padded_shape(mesh: Mesh | AbstractMesh, axes: Axes, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape in which an array is placed: the vocabulary, an odd 122,753 in MiniCPM, is a multiple of its parts."""
+    return tuple(
+        -(-size // parts(mesh, axis)) * parts(mesh, axis) if axis == "vocabulary" else size
+        for size, axis in zip(shape, axes, strict=True)
+    )
+
+
+def padded(x: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """x with zeros after its own entries, up to a shape."""
+    missing = [(0, size - own) for size, own in zip(shape, x.shape, strict=True)]
+    return jnp.pad(x, missing) if x.shape != tuple(shape) else x
+
+
+def at_rest(mesh: Mesh, axes: Axes, shape: Sequence[int]) -> NamedSharding:
+    """Where an array lives whose vocabulary the mesh does not divide, in its true shape: the vocabulary stays whole,
+    and what would split it splits the width instead, beside what does already, if it divides that, too."""
+    width = RULES["width"] + RULES["vocabulary"]
+    if shape[axes.index("width")] % math.prod(mesh.shape[axis] for axis in width):
+        width = RULES["width"]
+    return NamedSharding(mesh, PartitionSpec(*(width if axis == "width" else None for axis in axes)))
+
+
 def named_sharding(mesh: Mesh, axes: Axes, shape: Sequence[int], name: str) -> NamedSharding:
     """Where an array of this shape lives. Raises UserError if a mesh axis does not divide its dimension."""
     for size, axis in zip(shape, axes, strict=True):
-        parts = math.prod(mesh.shape[mesh_axis] for mesh_axis in RULES[axis]) if axis else 1
-        if size % parts:
-            where = " x ".join(RULES[axis or ""])
-            raise UserError(f"{name}: axis {axis} of size {size} cannot be split over mesh {where} = {parts}")
+        if axis and size % parts(mesh, axis):
+            where = f"{' x '.join(RULES[axis])} = {parts(mesh, axis)}"
+            raise UserError(f"{name}: axis {axis} of size {size} cannot be split over mesh {where}")
     return NamedSharding(mesh, partition(axes))
 
 

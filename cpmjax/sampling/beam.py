@@ -97,7 +97,7 @@ def search(config: ModelConfig, weights: DecodeWeights, state: BeamState, reques
     def advance(state: BeamState) -> BeamState:
         step = state.step + 1
         # At most 0 even as rounded, since the largest logit is subtracted first: `_hopeless` builds on it.
-        log_BV = jax.nn.log_softmax(head(weights, state.hidden_BD))
+        log_BV = jax.nn.log_softmax(head(config, weights, state.hidden_BD))
         log_NWV = log_BV.reshape(-1, beams, log_BV.shape[1])
         going_on, best = _continuations(state.live.score_NW, log_NWV, request.stop_ids_NJ)
 

@@ -104,7 +104,7 @@ def prefill(
         top_values_BTC=jnp.zeros((batch, new_tokens, top)),
         top_ids_BTC=jnp.zeros((batch, new_tokens, top), jnp.int32),
     )
-    return state, _score(weights, x_BPD, tokens_BP) if score else None
+    return state, _score(config, weights, x_BPD, tokens_BP) if score else None
 
 
 @jax.jit
@@ -130,7 +130,7 @@ def decode(
 
     def advance(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
         step, state = carry
-        logits_BV = head(weights, state.hidden_BD)
+        logits_BV = head(config, weights, state.hidden_BD)
         adjusted_BV = adjust(logits_BV, request.options, state.prompt_BV, state.counts_BV)
         token_B = choose(adjusted_BV, request.options, state.length_B)
         # What a row that has ended would write falls beyond the end of each array, and is dropped.
@@ -172,12 +172,13 @@ def embed(weights: DecodeWeights, tokens: jax.Array) -> jax.Array:
     return x * jnp.asarray(weights.multipliers.embedding, dtype)
 
 
-def head(weights: DecodeWeights, hidden: jax.Array) -> jax.Array:
+def head(config: ModelConfig, weights: DecodeWeights, hidden: jax.Array) -> jax.Array:
     """Hidden states [..., D] after the final norm -> float32 logits [..., V]."""
     leaf = weights.head
     if leaf is None:
         leaf = weights.embedding if isinstance(weights.embedding, Narrow) else weights.embedding.T
-    return linear(leaf, hidden * jnp.asarray(weights.multipliers.logits, hidden.dtype)).astype(jnp.float32)
+    logits = linear(leaf, hidden * jnp.asarray(weights.multipliers.logits, hidden.dtype)).astype(jnp.float32)
+    return logits[..., : config.vocabulary]
 
 
 def block(
@@ -225,14 +226,14 @@ def read(
     return tuple(written), rms_norm(weights.final_norm, x_B1D[:, 0], config.norm_epsilon)
 
 
-def _score(weights: DecodeWeights, hidden_BPD: jax.Array, tokens_BP: jax.Array) -> jax.Array:
+def _score(config: ModelConfig, weights: DecodeWeights, hidden_BPD: jax.Array, tokens_BP: jax.Array) -> jax.Array:
     """The log-probability [B, P] of each token after those before it; of the first, after the row's last one."""
     batch, prompt, width = hidden_BPD.shape
     before_BPD = jnp.roll(hidden_BPD, 1, axis=1)
 
     def score(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
         hidden, tokens = chunk  # [places, B, D], [places, B]
-        logits = head(weights, hidden.reshape(-1, width))
+        logits = head(config, weights, hidden.reshape(-1, width))
         return log_probabilities(logits, tokens.reshape(-1)).reshape(tokens.shape)
 
     chunks = (

@@ -18,7 +18,7 @@ from cpmjax.model import mup
 from cpmjax.model.linear import Narrow
 from cpmjax.model.parameters import Tree
 from cpmjax.model.transformer import MiniCPM
-from cpmjax.parallel.sharding import Axes, constrain
+from cpmjax.parallel.sharding import Axes, constrain, padded, padded_shape
 
 Layer = dict[str, Any]  # arrays, and Narrow matrices
 
@@ -26,10 +26,10 @@ Layer = dict[str, Any]  # arrays, and Narrow matrices
 class DecodeWeights(NamedTuple):
     """A pytree; the norms have the type of the arithmetic."""
 
-    embedding: jax.Array | Narrow  # [V, D]; a Narrow of its transpose
+    embedding: jax.Array | Narrow  # [V, D], V padded to what a mesh divides; a Narrow of its transpose
     layers: tuple[Layer, ...]
     final_norm: jax.Array  # [D]
-    head: jax.Array | Narrow | None  # [D, V]; None where the embedding is the head
+    head: jax.Array | Narrow | None  # [D, V] likewise; None where the embedding is the head
     multipliers: mup.Multipliers
 
 
@@ -69,6 +69,7 @@ def _widened(weights: DecodeWeights) -> DecodeWeights:
 def arranged(model: MiniCPM, dtype: jnp.dtype, narrow: bool) -> DecodeWeights:
     """`decode_weights` for this arithmetic, with `Narrow` matrices where they are wanted."""
     config, parameters, compute = model.config, model.parameters, jnp.dtype(model.compute.dtype)
+    mesh = jax.sharding.get_abstract_mesh()
 
     def stored(leaf: jax.Array) -> jax.Array:
         """In the narrowest type that holds what the compute type makes of it."""
@@ -79,7 +80,9 @@ def arranged(model: MiniCPM, dtype: jnp.dtype, narrow: bool) -> DecodeWeights:
 
     def matrix(leaf: jax.Array, axes: Axes) -> jax.Array | Narrow:
         """[input, output...]"""
-        return Narrow.of(stored(leaf)) if is_narrow(leaf) else constrain(stored(leaf).astype(dtype), axes)
+        if is_narrow(leaf):
+            return Narrow.of(stored(leaf))
+        return constrain(padded(stored(leaf).astype(dtype), padded_shape(mesh, axes, leaf.shape)), axes)
 
     def norm(leaf: jax.Array) -> jax.Array:
         return constrain(leaf.astype(compute).astype(dtype), (None,))

@@ -16,7 +16,8 @@ from cpmjax.run.directory import RunDirectory
 from cpmjax.run.errors import UserError
 from cpmjax.run.identity import differences, encode, fingerprint
 from cpmjax.training.average import Average, new_average
-from cpmjax.training.state import TrainState, create_state
+from cpmjax.training.padding import abstract_at_rest, from_rest
+from cpmjax.training.state import TrainState, create_state, new_moments
 
 _REWARMUP = 100  # steps, for a branch whose parent brought no moments
 
@@ -105,17 +106,19 @@ def starting_state(
         restored = origin.provenance["parent"]["moments"] == "restored"
     else:
         return 0, create_state(config.model, optimizer, abstract, config.run.seed)
-    parameters = source.parameters(step, abstract.trainable)
-    moments = source.optimizer(step, abstract.optimizer) if restored else None
+    stored = abstract_at_rest(config.model, abstract)
+    parameters = from_rest(source.parameters(step, stored.trainable), abstract.trainable)
+    moments = source.optimizer(step, stored.optimizer) if restored else None
     if moments is None:
-        shardings = jax.tree.map(lambda x: x.sharding, abstract.optimizer)
-        moments = jax.jit(optimizer.init, out_shardings=shardings)(parameters)
+        moments = new_moments(config.model, optimizer, parameters, abstract.optimizer)
+    moments = from_rest(moments, abstract.optimizer)
     position = source.position(step) or {}
     skipped = np.int32(position.get("skipped", 0))
     state = TrainState(parameters, moments, jax.device_put(skipped, abstract.skipped.sharding))
     if abstract.average is not None:
         wanted, average = abstract.average, new_average(parameters)
         if "averaged" in position:
-            average = Average(source.parameters(step, wanted.parameters, "average"), np.int32(position["averaged"]))
+            found = source.parameters(step, stored.average.parameters, "average")
+            average = Average(from_rest(found, wanted.parameters), np.int32(position["averaged"]))
         state.average = jax.device_put(average, jax.tree.map(lambda x: x.sharding, wanted))
     return step, state

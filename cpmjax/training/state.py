@@ -14,9 +14,10 @@ from optax import contrib
 from cpmjax.model.initialise import initialise
 from cpmjax.model.mup import Scales
 from cpmjax.model.parameters import Tree, flat, owner, path_name, specs
-from cpmjax.parallel.sharding import named_sharding
+from cpmjax.parallel.sharding import named_sharding, padded_shape
 from cpmjax.run.config import ModelConfig
 from cpmjax.training.average import Average, new_average
+from cpmjax.training.padding import padded, unpadded
 
 
 @jax.tree_util.register_dataclass
@@ -29,8 +30,14 @@ class TrainState:
 
 
 def parameter_shardings(config: ModelConfig, mesh: Mesh) -> Tree:
+    """Where each parameter lives. Raises UserError, with the numbers, for a mesh that does not divide one of its axes;
+    but the vocabulary, which is padded."""
+    # Heads go whole to a part, and with them the key and value that they share.
+    named_sharding(mesh, ("heads",), (config.kv,), "model.heads" if config.kv_heads is None else "model.kv_heads")
+
     def leaf(path, spec):
-        return named_sharding(mesh, spec.axes, spec.shape, f"parameter {path_name(path)}")
+        shape = padded_shape(mesh, spec.axes, spec.shape)
+        return named_sharding(mesh, spec.axes, shape, f"parameter {path_name(path)}")
 
     return jax.tree_util.tree_map_with_path(leaf, specs(config))
 
@@ -45,21 +52,43 @@ def abstract_state(
 
     def place(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
         name = owner(path)
-        whole = name in declared and leaf.shape == declared[name].shape
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name] if whole else replicated)
+        if name not in declared or leaf.shape != declared[name].shape:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
+        shape = padded_shape(mesh, declared[name].axes, leaf.shape)
+        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=shardings[name])
 
     shapes = jax.eval_shape(lambda: initial_state(config, optimizer, jax.random.key(0), averaged=averaged))
     return jax.tree_util.tree_map_with_path(place, shapes)
 
 
+def initialisation(
+    config: ModelConfig, optimizer: optax.GradientTransformation, abstract: TrainState
+) -> jax.stages.Wrapped:
+    """A jitted function: key -> parameters drawn from it and fresh moments, of which each device makes its own part."""
+    averaged = abstract.average is not None
+
+    def make(key: jax.Array) -> TrainState:
+        return padded(initial_state(config, optimizer, key, averaged=averaged), abstract)
+
+    return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))
+
+
 def create_state(
     config: ModelConfig, optimizer: optax.GradientTransformation, abstract: TrainState, seed: int
 ) -> TrainState:
-    """Parameters drawn from the seed and fresh moments; each device makes its own part."""
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    averaged = abstract.average is not None
-    make: Any = jax.jit(lambda key: initial_state(config, optimizer, key, averaged=averaged), out_shardings=shardings)
-    return make(jax.random.key(seed))
+    """What `initialisation` makes of a seed."""
+    return initialisation(config, optimizer, abstract)(jax.random.key(seed))
+
+
+def new_moments(
+    config: ModelConfig, optimizer: optax.GradientTransformation, parameters: Tree, abstract: optax.OptState
+) -> optax.OptState:
+    """Fresh moments for parameters that are there already, placed as the abstract ones."""
+
+    def make(parameters: Tree) -> optax.OptState:
+        return padded(optimizer.init(unpadded(config, parameters)), abstract)
+
+    return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(parameters)
 
 
 def initial_state(

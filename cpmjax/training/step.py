@@ -24,6 +24,7 @@ from cpmjax.parallel.sharding import named_sharding
 from cpmjax.run.config import ComputeConfig, Config, ModelConfig
 from cpmjax.training.average import moved
 from cpmjax.training.metrics import norms_by_role
+from cpmjax.training.padding import padded, unpadded
 from cpmjax.training.state import TrainState
 
 Batch = dict[str, Any]
@@ -113,7 +114,8 @@ def make_step(
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, trainable, first))
         return jax.lax.scan(add, zero, stacked)[0]
 
-    def step(state: TrainState, batch: Batch, rates: Rates) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(placed: TrainState, batch: Batch, rates: Rates) -> tuple[TrainState, dict[str, jax.Array]]:
+        state = unpadded(config, placed)
         (_, sums), grads = accumulated(state.trainable, batch)
         weight = jnp.sum(batch["weights"])
         means = {name: value / weight for name, value in sums.items()}
@@ -134,7 +136,7 @@ def make_step(
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, unchanged)
         metrics = means | {"grad_norm": grad_norm, "skipped": new.skipped.astype(jnp.float32)}
         metrics |= norms_by_role("grad_norm", config, grads) | norms_by_role("update_norm", config, updates)
-        return new, metrics
+        return padded(new, placed), metrics
 
     return step
 
@@ -156,7 +158,7 @@ def make_evaluation(config: ModelConfig, compute: ComputeConfig) -> Callable[...
     def evaluate(
         parameters: Tree, batch: Batch, byte_lengths_V: jax.Array, multipliers: Multipliers | None = None
     ) -> HeldOutSums:
-        weights = batch["weights"]
+        weights, parameters = batch["weights"], unpadded(config, parameters)
         nats = jnp.sum(weights * _losses(config, compute, parameters, batch, multipliers).loss)
         return HeldOutSums(nats, jnp.sum(weights), jnp.sum(weights * byte_lengths_V[batch["targets"]]))
 

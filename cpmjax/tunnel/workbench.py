@@ -31,6 +31,7 @@ from cpmjax.run.table import Row
 from cpmjax.training.evaluation import HeldOut
 from cpmjax.training.optimizer import make_optimizer
 from cpmjax.training.origin import Origin
+from cpmjax.training.padding import at_rest, padded
 from cpmjax.training.state import TrainState, abstract_state, initial_state
 from cpmjax.training.step import Batch, Rates, abstract_batch, batch_sharding, make_step, next_token_loss
 from cpmjax.training.timeline import Timeline
@@ -67,7 +68,7 @@ class Program:
             return make_step(model, loss, optimizer, config.training.accumulation)(state, batch, rates)
 
         def begin(key: jax.Array, scales: mup.Scales) -> TrainState:
-            return initial_state(model, optimizer, key, scales)
+            return padded(initial_state(model, optimizer, key, scales), abstract)
 
         scales, rates = as_arrays(mup.scales(model, config.optimizer)), Rates(np.float32(0), np.float32(0))
         self.function = step
@@ -131,7 +132,7 @@ class Workbench:
         state = program.begin(jax.random.key(config.run.seed), scales)
         rows: list[Row] = []
         if 0 in steps:
-            rows += observe(Moment(0, float("nan"), state.trainable, scales, program))
+            rows += observe(Moment(0, float("nan"), at_rest(config.model, state.trainable), scales, program))
         with Loader(text.batches, timeline.batches(0), program.by_row) as loader:
             for step, batch in enumerate(loader, 1):
                 run_step = programs[len(batch["tokens"])].step
@@ -140,7 +141,8 @@ class Workbench:
                 if due and int(state.skipped):
                     raise Diverged(f"loss or gradient not finite by step {step}", rows)
                 if step in steps:
-                    rows += observe(Moment(step, float(metrics["loss"]), state.trainable, scales, program))
+                    parameters = at_rest(config.model, state.trainable)
+                    rows += observe(Moment(step, float(metrics["loss"]), parameters, scales, program))
         return rows
 
 

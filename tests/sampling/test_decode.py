@@ -88,7 +88,7 @@ def test_the_cache_changes_nothing(name, stored):
     prompts = prompts_of(model, [5, 16, 11])
     state, scores = start(model, prompts, top=4, score=True)
     state = run(model, state, request(model, 3, seed=[1, 2, 3]))
-    found = np.asarray(head(decode_weights(model), state.hidden_BD))
+    found = np.asarray(head(model.config, decode_weights(model), state.hidden_BD))
     rows = [[*prompt, *tokens] for prompt, tokens in zip(prompts, np.asarray(state.tokens_BT).tolist(), strict=True)]
     all_logits = np.asarray(model(padded(rows, 48)[0]))
     for row, (prompt, tokens) in enumerate(zip(prompts, rows, strict=True)):
@@ -107,7 +107,7 @@ def test_a_prompt_of_several_chunks():
     prompts = prompts_of(model, [CHUNK + 200, CHUNK - 10])
     state, scores = start(model, prompts, score=True)
     assert scores.shape == (2, 2 * CHUNK)
-    found = np.asarray(head(decode_weights(model), state.hidden_BD))
+    found = np.asarray(head(model.config, decode_weights(model), state.hidden_BD))
     for row, prompt in enumerate(prompts):
         logits = np.asarray(model(np.asarray([prompt], np.int32))[0])
         assert np.abs(found[row] - logits[-1]).max() < 1e-5 * np.abs(logits[-1]).max()
@@ -133,7 +133,7 @@ def test_dynamic_scaling_follows_the_prompt_and_not_its_padding():
         state, _ = prefill(
             model.config, decode_weights(model), *padded([prompt], width), new_tokens=T, cache_dtype="float32"
         )
-        found = np.asarray(head(decode_weights(model), state.hidden_BD))[0]
+        found = np.asarray(head(model.config, decode_weights(model), state.hidden_BD))[0]
         assert np.abs(found - logits).max() < 1e-5 * np.abs(logits).max()
 
 
@@ -184,7 +184,7 @@ def test_an_int8_cache_is_close():
     exact, rounded = (run(model, start(model, prompts, dtype)[0], asked) for dtype in ("float32", "int8"))
     assert rounded.layers[0].key_BGSK.dtype == np.int8
     np.testing.assert_array_equal(exact.tokens_BT, rounded.tokens_BT)
-    p, q = (log_softmax(head(decode_weights(model), state.hidden_BD)) for state in (exact, rounded))
+    p, q = (log_softmax(head(model.config, decode_weights(model), state.hidden_BD)) for state in (exact, rounded))
     divergence = (np.exp(p) * (p - q)).sum(axis=-1)
     assert (divergence > 0).all() and divergence.max() < 1e-3
 

@@ -219,6 +219,19 @@ def check_a_mesh() -> None:
                 assert [sample.tokens for sample in found] == [sample.tokens for sample in expected], axes
                 for beams, others in zip(found_beams, expected_beams, strict=True):
                     assert [sample.tokens for sample in beams] == [sample.tokens for sample in others], axes
+    check_an_odd_vocabulary(asked, prompts)
+
+
+def check_an_odd_vocabulary(asked, prompts) -> None:
+    """Padded on the mesh with tokens that nothing can choose: their logits of 0 would beat many others'."""
+    config = replace(CONFIG, vocabulary=VOCABULARY + 1, tied=False)
+    model = MiniCPM(config, initialise(config, jax.random.key(0)))
+    expected = Sampler(model)(prompts, **asked, logprobs=3)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=2))):
+        found = Sampler(model)(prompts, **asked, logprobs=3)
+    for one, other in zip(found, expected, strict=True):
+        assert one.tokens == other.tokens and [*map(list, one.top_logprobs)] == [*map(list, other.top_logprobs)]
+        np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow
