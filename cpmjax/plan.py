@@ -34,6 +34,7 @@ from cpmjax.run.table import aligned
 from cpmjax.sampling.program import compile_sampling
 from cpmjax.training import memory
 from cpmjax.training.optimizer import make_optimizer
+from cpmjax.training.padding import abstract_at_rest
 from cpmjax.training.program import lower_step
 from cpmjax.training.state import abstract_state
 from cpmjax.training.step import abstract_batch, batch_sharding
@@ -108,7 +109,8 @@ def plan_training(config: Config, machine: Topology, mesh: Mesh) -> int:
 
 def plan_sampling(config: Config, machine: Topology, mesh: Mesh, rows: int, prompt: int, new: int) -> int:
     """Prints what reading prompts and each new token takes; returns the exit code."""
-    parameters = abstract_state(config.model, make_optimizer(config.model, config.optimizer), mesh).trainable
+    abstract = abstract_state(config.model, make_optimizer(config.model, config.optimizer), mesh)
+    parameters = abstract_at_rest(config.model, abstract.trainable)
     programs = compile_sampling(config, parameters, mesh, rows, prompt, new)
     most = 0
     for name, program, tokens in (

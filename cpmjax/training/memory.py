@@ -14,6 +14,7 @@ from cpmjax.parallel.compiled import Memory
 from cpmjax.parallel.sharding import RULES
 from cpmjax.run.config import Config
 from cpmjax.run.optimizers import Adafactor, AdamW
+from cpmjax.training.padding import unpadded
 from cpmjax.training.state import TrainState
 from cpmjax.training.step import abstract_batch, next_token_loss
 
@@ -63,10 +64,12 @@ def kept_for_backward(config: Config, parameters: Tree, mesh: Mesh) -> int:
     rows = math.prod(mesh.shape[axis] for axis in RULES["rows"])
     by_row = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(RULES["rows"], RULES["length"]))
 
+    true = jax.eval_shape(lambda tree: unpadded(config.model, tree), parameters)
+
     def kept(times: int) -> int:
         each = replace(config, training=replace(training, batch_size=times * rows, accumulation=1, batch_warmup=()))
         batch = abstract_batch(each, by_row)
-        residuals = jax.eval_shape(lambda p, b: jax.vjp(lambda p: loss(p, b), p, has_aux=True)[1], parameters, batch)
+        residuals = jax.eval_shape(lambda p, b: jax.vjp(lambda p: loss(p, b), p, has_aux=True)[1], true, batch)
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals))
 
     of_a_row = (kept(2) - kept(1)) // mesh.size
