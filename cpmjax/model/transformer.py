@@ -17,11 +17,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cpmjax.model import mup, rotary
-from cpmjax.model.attention import KEPT, attend_rows
+from cpmjax.model.dispatch import attention
+from cpmjax.model.kernels import kept
 from cpmjax.model.linear import linear
 from cpmjax.model.parameters import Tree
 from cpmjax.parallel.sharding import constrain
-from cpmjax.run.config import ComputeConfig, ModelConfig
+from cpmjax.run.config import Attention, ComputeConfig, ModelConfig
 
 ACTIVATION = ("rows", "length", None)
 
@@ -44,6 +45,7 @@ class Surroundings(NamedTuple):
     residual: mup.Number  # multiplies each branch
     rotary: tuple[jax.Array, jax.Array]
     segments: jax.Array  # int32 [B, L]: the document of each token, 0 for padding
+    attention: Attention
 
 
 def block(config: ModelConfig, leaves: Tree, x_BLD: jax.Array, around: Surroundings) -> tuple[jax.Array, Tree]:
@@ -56,7 +58,7 @@ def block(config: ModelConfig, leaves: Tree, x_BLD: jax.Array, around: Surroundi
     key_BLGK = linear(leaves["key"], h_BLD).reshape(batch, length, config.kv, config.head)
     value_BLGK = linear(leaves["value"], h_BLD).reshape(batch, length, config.kv, config.head)
     query_BLHK, key_BLGK = rotary.rotate(query_BLHK, around.rotary), rotary.rotate(key_BLGK, around.rotary)
-    mixed_BLHK = attend_rows(query_BLHK, key_BLGK, value_BLGK, around.segments)
+    mixed_BLHK = attention(around.attention, query_BLHK, key_BLGK, value_BLGK, around.segments)
     attention_BLD = linear(leaves["output"], mixed_BLHK.reshape(batch, length, -1))
     x_BLD = constrain(x_BLD + attention_BLD * scale, ACTIVATION)
 
@@ -77,9 +79,7 @@ _REMAT: dict[str, Any] = {
     "dots": partial(
         jax.checkpoint,
         prevent_cse=False,
-        policy=_POLICIES.save_from_both_policies(
-            _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names(*KEPT)
-        ),
+        policy=_POLICIES.save_from_both_policies(_POLICIES.dots_with_no_batch_dims_saveable, kept),
     ),
 }
 
@@ -137,7 +137,7 @@ class MiniCPM(nnx.Module):
         config = self.config
         # The barrier: without it XLA's CPU compiler takes sines again for every query and key of every layer.
         angles = jax.lax.optimization_barrier(rotary.tables(config, positions_BL))
-        around = Surroundings(self.multipliers.residual, angles, segments_BL)
+        around = Surroundings(self.multipliers.residual, angles, segments_BL, self.compute.attention)
 
         def layer(x_BLD: jax.Array, leaves: Tree) -> tuple[jax.Array, Tree]:
             x_BLD, values = block(config, leaves, x_BLD, around)
