@@ -5,6 +5,7 @@ B batch, L length, H heads, G key-value heads, K head width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -12,7 +13,7 @@ import jax
 from cpmjax.model import kernels
 from cpmjax.model.attention import attend_rows, plain
 from cpmjax.model.ring import ring
-from cpmjax.parallel.sharding import RULES, partition, parts, splits
+from cpmjax.parallel.sharding import RULES, partition, splits
 from cpmjax.run.config import Attention
 from cpmjax.run.errors import UserError
 
@@ -40,7 +41,7 @@ def attention(
     name = _best(query_BLHK) if choice == "auto" else choice
     if name in _XLA:
         return _XLA[name](query_BLHK, key_BLGK, value_BLGK, segments_BL)
-    if key_BLGK.shape[2] % parts("heads"):
+    if key_BLGK.shape[2] % _parts("heads"):
         key_BLGK, value_BLGK = (kernels.repeat_heads(x, query_BLHK.shape[2]) for x in (key_BLGK, value_BLGK))
     if name == "ring":
         return ring(query_BLHK, key_BLGK, value_BLGK, segments_BL)
@@ -71,7 +72,7 @@ def _problem(name: str, query_BLHK: jax.Array) -> str:
     if _platform() != _PLATFORMS[name]:
         return f"the devices are of platform {_platform()}, expected {_PLATFORMS[name]}"
     if splits("length"):
-        return f"it takes whole rows, expected mesh.sequence = 1, not {parts('length')}"
+        return f"it takes whole rows, expected mesh.sequence = 1, not {_parts('length')}"
     if undivided := _undivided(query_BLHK):
         return undivided
     if name == "triton" and not kernels.has_triton():
@@ -85,9 +86,15 @@ def _problem(name: str, query_BLHK: jax.Array) -> str:
 def _undivided(query_BLHK: jax.Array) -> str:
     """What the mesh does not divide; "" if nothing."""
     for size, axis in zip(query_BLHK.shape, _AXES, strict=True):
-        if axis and size % parts(axis):
-            return f"{size} {axis}, expected a multiple of mesh {' x '.join(RULES[axis])} = {parts(axis)}"
+        if axis and size % _parts(axis):
+            return f"{size} {axis}, expected a multiple of mesh {' x '.join(RULES[axis])} = {_parts(axis)}"
     return ""
+
+
+def _parts(axis: str) -> int:
+    """Into how many parts the mesh that is set, if one is, splits a logical axis."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape.get(mesh_axis, 1) for mesh_axis in RULES[axis])
 
 
 def _platform() -> str:

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from cpmjax.model.transformer import MiniCPM
-from cpmjax.parallel.sharding import parts
 
 
 class TokenLosses(NamedTuple):
@@ -27,15 +26,12 @@ def token_losses(model: MiniCPM, hidden_BLD: jax.Array, targets_BL: jax.Array) -
 
     At most `compute.loss_chunk` tokens (at least one position of each row) have logits at one time, in the backward
     pass too: a chunk is a slice along the length, so that rows stay on their devices, and is computed again for the
-    gradient. Where the mesh splits the length, each of its parts is as a row.
+    gradient.
     """
-    shape, divided = targets_BL.shape, parts("length")
-    if divided > 1 and shape[1] % divided == 0:
-        hidden_BLD, targets_BL = (x.reshape(-1, shape[1] // divided, *x.shape[2:]) for x in (hidden_BLD, targets_BL))
     batch, length, width = hidden_BLD.shape
     positions = max(1, model.compute.loss_chunk // batch)
     if positions >= length:
-        return TokenLosses(*(x.reshape(shape) for x in _chunk_losses(model, hidden_BLD, targets_BL)))
+        return _chunk_losses(model, hidden_BLD, targets_BL)
     chunks = -(-length // positions)
     padding = chunks * positions - length
     hidden_BLD = jnp.pad(hidden_BLD, ((0, 0), (0, padding), (0, 0)))
@@ -44,7 +40,7 @@ def token_losses(model: MiniCPM, hidden_BLD: jax.Array, targets_BL: jax.Array) -
     targets = jnp.moveaxis(targets_BL.reshape(batch, chunks, positions), 1, 0)
     chunk = jax.checkpoint(lambda xs: _chunk_losses(model, *xs), prevent_cse=False)
     losses = jax.lax.map(chunk, (hidden, targets))
-    return TokenLosses(*(jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length].reshape(shape) for x in losses))
+    return TokenLosses(*(jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length] for x in losses))
 
 
 def _chunk_losses(model: MiniCPM, hidden_BLD: jax.Array, targets_BL: jax.Array) -> TokenLosses:

@@ -36,10 +36,10 @@ def partition(axes: Axes) -> PartitionSpec:
 def named_sharding(mesh: Mesh, axes: Axes, shape: Sequence[int], name: str) -> NamedSharding:
     """Where an array of this shape lives. Raises UserError if a mesh axis does not divide its dimension."""
     for size, axis in zip(shape, axes, strict=True):
-        shares = math.prod(mesh.shape[mesh_axis] for mesh_axis in RULES[axis]) if axis else 1
-        if size % shares:
+        parts = math.prod(mesh.shape[mesh_axis] for mesh_axis in RULES[axis]) if axis else 1
+        if size % parts:
             where = " x ".join(RULES[axis or ""])
-            raise UserError(f"{name}: axis {axis} of size {size} cannot be split over mesh {where} = {shares}")
+            raise UserError(f"{name}: axis {axis} of size {size} cannot be split over mesh {where} = {parts}")
     return NamedSharding(mesh, partition(axes))
 
 
@@ -50,12 +50,7 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition(axes))
 
 
-def parts(axis: str) -> int:
-    """Into how many the mesh of `jax.set_mesh` splits a logical axis; 1 without a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape.get(mesh_axis, 1) for mesh_axis in RULES[axis])
-
-
 def splits(axis: str) -> bool:
     """Whether the mesh of `jax.set_mesh` has more than one part for a logical axis."""
-    return parts(axis) > 1
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(mesh.shape.get(mesh_axis, 1) > 1 for mesh_axis in RULES[axis])

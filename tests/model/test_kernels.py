@@ -246,7 +246,7 @@ def check_what_is_sent_and_kept() -> None:
     mesh = make_mesh(MeshConfig(data=1, sequence=8))
     around, temporaries = [], []
     for length in (4096, 8192, 16384):
-        program = step_on(mesh, length, batch=1)[2]
+        program = step_on(mesh, length, batch=1, compute=ComputeConfig(loss_chunk=length))[2]
         temporaries.append(program.memory_analysis().temp_size_in_bytes)
         sent = {(each.kind, each.axes): each for each in costs(program, mesh).collectives}
         assert set(sent) == {("collective-permute", ("sequence",)), ("all-reduce", ("sequence",))}, sent
