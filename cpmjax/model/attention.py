@@ -1,5 +1,6 @@
 """Causal attention within documents: the contract every kernel fulfils, the plain one, and two that go by chunks of
-queries, for whole rows (training) and for whatever a cache holds (a prompt).
+queries, for whole rows (training; kernels and ring beside this file do the same) and for whatever a cache holds (a
+prompt).
 
 B batch, L queries, S keys, H heads, G key-value heads, R heads per key-value head, K head width, N chunks.
 """
@@ -87,7 +88,7 @@ def attend_rows(
     segments_BL: jax.Array,
     chunk: int = 128,
 ) -> jax.Array:
-    """`plain`, by chunks: of a whole row's contract, which every kernel fulfils, the one that runs anywhere.
+    """`plain` by chunks. Every kernel has this signature (`cpmjax.model.dispatch` chooses among them).
 
     A chunk of queries meets only the keys up to its own end: of the products about half are left. Between forward and
     backward pass no weights are kept, only what each query mixed, its maximum and its sum, from which the weights

@@ -26,8 +26,8 @@ _SPLASH_BLOCKS = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q
 
 
 def _unnamed(primitive: Any, *_: Any, **__: Any) -> bool:
-    """What the kernels of GPUs hand to their backward pass: jax's Triton kernel is a function with a derivative inside
-    another, cuDNN's a primitive."""
+    """What the kernels of GPUs hand to their backward pass without a name: of Triton's a call of the function that has
+    the derivative, of cuDNN's a primitive."""
     return primitive.name in ("custom_vjp_call", "dot_product_attention_fwd_wrapper")
 
 

@@ -76,7 +76,8 @@ def _forward(query_BLHK: jax.Array, key_BLGK: jax.Array, value_BLGK: jax.Array, 
         _attend, in_specs=(heads, heads, heads, tokens, tokens), out_specs=(heads, sums), check_vma=False
     )
     slots_BL = jnp.broadcast_to(jnp.arange(segments_BL.shape[1], dtype=jnp.int32), segments_BL.shape)
-    # The barrier: a scan over layers would find out beforehand, for all chunks at one time, which see each other.
+    # The barrier: a scan over layers would work out beforehand what does not depend on the layer, which is who sees
+    # whom, and hold that of all chunks at one time.
     arrays = jax.lax.optimization_barrier((query_BLHK, key_BLGK, value_BLGK, segments_BL, slots_BL))
     mixed_BLHK, logsumexp_BLH = attend(*arrays)
     mixed_BLHK, logsumexp_BLH = checkpoint_name(mixed_BLHK, "mixed"), checkpoint_name(logsumexp_BLH, "total")

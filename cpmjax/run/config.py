@@ -129,9 +129,7 @@ class ComputeConfig:
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters, softmax and loss stay in float32
     remat: Literal["none", "block", "dots"] = "dots"  # recompute in the backward pass: nothing, blocks, all but matmuls
-    attention: Attention = (
-        "auto"  # auto: by platform, mesh and type (cpmjax.model.dispatch); cudnn, triton: GPU; splash: TPU
-    )
+    attention: Attention = "auto"  # by platform and mesh (cpmjax.model.dispatch); splash: TPU; cudnn, triton: GPU
     unroll: int = 1  # layers per iteration of the scan over layers; with all of them remat saves nothing on a CPU
     loss_chunk: int = 1024  # tokens whose logits exist at one time
 
