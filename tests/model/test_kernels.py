@@ -30,6 +30,7 @@ from cpmjax.training.state import abstract_state
 from cpmjax.training.step import Rates, abstract_batch, batch_sharding, make_step, next_token_loss
 
 H = 4
+MODEL = ModelConfig(vocabulary=64, width=32, layers=2, heads=H, kv_heads=2, feed_forward=48, dim_model_base=16)
 IMPLEMENTATIONS = {
     "chunked": attend_rows,
     "splash": partial(kernels.splash, interpret=True),
@@ -151,6 +152,14 @@ def test_without_a_mesh_it_is_the_platform_of_jax():
         attention("triton" if jax.default_backend() == "tpu" else "splash", *rows(32, 2, 8))
 
 
+def test_a_model_takes_the_attention_of_its_configuration():
+    parameters, tokens = initialise(MODEL, jax.random.key(0)), jnp.arange(24).reshape(2, 12)
+    with pytest.raises(UserError, match=r"compute\.attention = cudnn"):
+        MiniCPM(MODEL, parameters, ComputeConfig(attention="cudnn"))(tokens)
+    expected = MiniCPM(MODEL, parameters, ComputeConfig(attention="plain"))(tokens)
+    np.testing.assert_allclose(MiniCPM(MODEL, parameters)(tokens), expected, atol=1e-5)
+
+
 def test_a_jax_without_the_kernel(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert chosen("auto", on("gpu"), rows(32, 2, 8, jnp.bfloat16)) == set()
@@ -159,8 +168,6 @@ def test_a_jax_without_the_kernel(monkeypatch):
 
 
 # ---- what is kept for the backward pass ------------------------------------------------------------------------------
-
-MODEL = ModelConfig(vocabulary=64, width=32, layers=2, heads=H, kv_heads=2, feed_forward=48, dim_model_base=16)
 
 
 @pytest.mark.parametrize(
