@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from typing import get_args
 
 import jax
 import jobs
@@ -12,7 +13,7 @@ import pytest
 
 import cpmjax
 from cpmjax.run import cli
-from cpmjax.run.config import Config
+from cpmjax.run.config import Attention, Config
 from cpmjax.run.directory import RunDirectory
 from cpmjax.run.identity import encode, flatten
 from cpmjax.train import main
@@ -72,6 +73,11 @@ def test_keys_that_do_not_change(tmp_path):
     ]
     config = cli.load(argv, {}, "")
     assert (config.run.directory, config.run.seed) == (str(tmp_path), 3)
+
+
+def test_names_of_attention():
+    assert get_args(Attention) == ("auto", "plain", "chunked", "cudnn", "triton", "splash")
+    assert Config().compute.attention == "auto"
 
 
 def test_files_of_a_run(run):

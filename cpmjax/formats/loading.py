@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -153,17 +153,17 @@ def load(
     """The model of a run directory (its newest checkpoint, or that of `step`), a Hugging Face folder or a GGUF file.
 
     Parameters keep the type in which they are stored; what is quantised becomes float32. `compute` says how the model
-    is computed (precision, unrolling); by default as in training. With `average` it is the average of a run's
-    parameters, where the run kept one (`training.ema`, schedule-free AdamW). Warns of a GGUF file without muP scales,
-    which gets those of the release. Raises UserError, naming the file and what was expected, for anything that is no
-    whole model.
+    is computed (precision, unrolling); by default as in training, with what attention suits this machine. With
+    `average` it is the average of a run's parameters, where the run kept one (`training.ema`, schedule-free AdamW).
+    Warns of a GGUF file without muP scales, which gets those of the release. Raises UserError, naming the file and
+    what was expected, for anything that is no whole model.
     """
     path = Path(path).expanduser()
     kind = recognise(path)
     if kind == "run":
         config, checkpoints, step = _checkpoint(RunDirectory(path), step)
         parameters = checkpoints.parameters(step, item="average" if average else "parameters")
-        return MiniCPM(config.model, parameters, compute or config.compute)
+        return MiniCPM(config.model, parameters, compute or replace(config.compute, attention="auto"))
     stored = open_stored(path, step, Reading(average=average))
     for note in stored.notes if kind == "gguf" else ():  # those of a config.json say what is usual
         warnings.warn(f"{path}: {note}", stacklevel=2)

@@ -1,5 +1,6 @@
 """Causal attention within documents: the contract every kernel fulfils, the plain one, and two that go by chunks of
-queries, for whole rows (training) and for whatever a cache holds (a prompt).
+queries, for whole rows (training; kernels and ring beside this file do the same) and for whatever a cache holds (a
+prompt).
 
 B batch, L queries, S keys, H heads, G key-value heads, R heads per key-value head, K head width, N chunks.
 """
@@ -16,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 CHUNK = 512
 _LONGEST_ROW = 1024
-# What `attend_rows` computes for the backward pass and a policy of `jax.checkpoint` may keep: with these, no weights.
+# What attention computes for the backward pass and a policy of `jax.checkpoint` may keep: with these, no weights.
 KEPT = ("maximum", "total", "mixed")
 
 
@@ -74,6 +75,12 @@ def attend_chunked(
     return mixed_NBLHK.swapaxes(0, 1).reshape(batch, -1, *query_BLHK.shape[2:])[:, :length]
 
 
+def plain(query_BLHK: jax.Array, key_BLGK: jax.Array, value_BLGK: jax.Array, segments_BL: jax.Array) -> jax.Array:
+    """`attend` for rows that are there from their first slot to their last: what all others are compared with."""
+    places = _places(segments_BL)
+    return attend(query_BLHK, key_BLGK, value_BLGK, places, places)
+
+
 def attend_rows(
     query_BLHK: jax.Array,
     key_BLGK: jax.Array,
@@ -81,7 +88,7 @@ def attend_rows(
     segments_BL: jax.Array,
     chunk: int = 128,
 ) -> jax.Array:
-    """`attend` for rows that are there from their first slot to their last.
+    """`plain` by chunks. Every kernel has this signature (`cpmjax.model.dispatch` chooses among them).
 
     A chunk of queries meets only the keys up to its own end: of the products about half are left. Between forward and
     backward pass no weights are kept, only what each query mixed, its maximum and its sum, from which the weights
@@ -91,8 +98,7 @@ def attend_rows(
     batch, length, heads, width = query_BLHK.shape
     groups = key_BLGK.shape[2]
     if length > _LONGEST_ROW:
-        slots_BL = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-        places = Places(segments_BL, slots_BL)
+        places = _places(segments_BL)
         return checkpoint_name(attend_chunked(query_BLHK, key_BLGK, value_BLGK, places, places), "mixed")
     query_BGRLK = query_BLHK.reshape(batch, length, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
     # Slots last: gradients of keys and values then are products that XLA's CPU library is three times as fast at.
@@ -107,6 +113,10 @@ def attend_rows(
         )
     mixed_BGRLK = jnp.concatenate(mixed, axis=3).astype(query_BLHK.dtype)
     return mixed_BGRLK.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
+
+
+def _places(segments_BL: jax.Array) -> Places:
+    return Places(segments_BL, jnp.broadcast_to(jnp.arange(segments_BL.shape[1], dtype=jnp.int32), segments_BL.shape))
 
 
 def _mix(

@@ -17,12 +17,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cpmjax.model import mup, rotary
-from cpmjax.model.attention import KEPT, attend_rows
+from cpmjax.model.dispatch import attention
+from cpmjax.model.kernels import kept
 from cpmjax.model.linear import linear
 from cpmjax.model.lookup import look_up
 from cpmjax.model.parameters import Tree
 from cpmjax.parallel.sharding import constrain
-from cpmjax.run.config import ComputeConfig, ModelConfig
+from cpmjax.run.config import Attention, ComputeConfig, ModelConfig
 
 ACTIVATION = ("rows", "length", None)
 
@@ -45,6 +46,7 @@ class Surroundings(NamedTuple):
     residual: mup.Number  # multiplies each branch
     rotary: tuple[jax.Array, jax.Array]
     segments: jax.Array  # int32 [B, L]: the document of each token, 0 for padding
+    attention: Attention
 
 
 def block(config: ModelConfig, leaves: Tree, x_BLD: jax.Array, around: Surroundings) -> tuple[jax.Array, Tree]:
@@ -57,7 +59,7 @@ def block(config: ModelConfig, leaves: Tree, x_BLD: jax.Array, around: Surroundi
     key_BLGK = linear(leaves["key"], h_BLD).reshape(batch, length, config.kv, config.head)
     value_BLGK = linear(leaves["value"], h_BLD).reshape(batch, length, config.kv, config.head)
     query_BLHK, key_BLGK = rotary.rotate(query_BLHK, around.rotary), rotary.rotate(key_BLGK, around.rotary)
-    mixed_BLHK = attend_rows(query_BLHK, key_BLGK, value_BLGK, around.segments)
+    mixed_BLHK = attention(around.attention, query_BLHK, key_BLGK, value_BLGK, around.segments)
     attention_BLD = linear(leaves["output"], mixed_BLHK.reshape(batch, length, -1))
     x_BLD = constrain(x_BLD + attention_BLD * scale, ACTIVATION)
 
@@ -78,9 +80,7 @@ _REMAT: dict[str, Any] = {
     "dots": partial(
         jax.checkpoint,
         prevent_cse=False,
-        policy=_POLICIES.save_from_both_policies(
-            _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names(*KEPT)
-        ),
+        policy=_POLICIES.save_from_both_policies(_POLICIES.dots_with_no_batch_dims_saveable, kept),
     ),
 }
 
@@ -138,7 +138,7 @@ class MiniCPM(nnx.Module):
         config = self.config
         # The barrier: without it XLA's CPU compiler takes sines again for every query and key of every layer.
         angles = jax.lax.optimization_barrier(rotary.tables(config, positions_BL))
-        around = Surroundings(self.multipliers.residual, angles, segments_BL)
+        around = Surroundings(self.multipliers.residual, angles, segments_BL, self.compute.attention)
 
         def layer(x_BLD: jax.Array, leaves: Tree) -> tuple[jax.Array, Tree]:
             x_BLD, values = block(config, leaves, x_BLD, around)

@@ -120,12 +120,16 @@ class ModelConfig:
             yield "rope_factor", "1 or more"
 
 
+Attention = Literal["auto", "plain", "chunked", "cudnn", "triton", "splash"]
+
+
 @dataclass(frozen=True)
 class ComputeConfig:
     """How the model is computed; none of it changes what the model is."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters, softmax and loss stay in float32
     remat: Literal["none", "block", "dots"] = "dots"  # recompute in the backward pass: nothing, blocks, all but matmuls
+    attention: Attention = "auto"  # by platform and mesh (cpmjax.model.dispatch); splash: TPU; cudnn, triton: GPU
     unroll: int = 1  # layers per iteration of the scan over layers; with all of them remat saves nothing on a CPU
     loss_chunk: int = 1024  # tokens whose logits exist at one time
 

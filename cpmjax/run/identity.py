@@ -34,6 +34,7 @@ _NOT_PART_OF_A_RUN = ("run.directory", "run.cache", "run.accept_changes", "data.
 # Keys that are younger than some runs, with their defaults: there they are no part of the fingerprint, so that an older
 # run keeps its own. A star is any name.
 _YOUNGER: dict[str, Any] = {
+    "compute.attention": "auto",
     "data.corpora.*.on_end": "repeat",
     "optimizer.type": "adamw",
     "optimizer.state_dtype": "float32",

@@ -69,6 +69,15 @@ def test_parameters_keep_their_type(kind, places):
     assert types == {"bfloat16"}
 
 
+def test_a_run_of_an_accelerator_loads_anywhere(places, tmp_path):
+    run = shutil.copytree(places["run"], tmp_path / "run")
+    text = (run / "config.yaml").read_text()
+    assert text.count("attention: auto") == 1
+    (run / "config.yaml").write_text(text.replace("attention: auto", "attention: splash"))
+    tokens = jnp.asarray(expected()["eval_input_ids"][:2])
+    np.testing.assert_array_equal(cpmjax.load(run)(tokens), cpmjax.load(places["run"])(tokens))
+
+
 def test_a_step_of_a_run_or_of_a_history(places):
     numbers = expected()
     for path in (places["run"], str(HISTORY)):

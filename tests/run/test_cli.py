@@ -126,6 +126,7 @@ def test_cycles_and_lists() -> None:
         ("--optimizer.state_dtype=float16", ["optimizer.state_dtype", "float32, bfloat16"]),
         ("--data.corpora.more={path: x}", ["data.corpora.more.type = null", "jsonl"]),
         ("--compute.remat=blok", ["compute.remat = 'blok'", "none, block, dots", "nearest: block"]),
+        ("--compute.attention=flash", ["compute.attention = 'flash'", "auto, plain, chunked, cudnn, triton, splash"]),
         ("--compute.remat=true", ["compute.remat = true", "none, block, dots"]),
         ("--model.width=null", ["model.width = null", "a whole number"]),
         ("--model.width=true", ["model.width = true", "a whole number"]),
