@@ -25,34 +25,48 @@ _STATUS = re.compile(r"[A-Z_]{6,}: ")  # NOT_FOUND: Error writing ...
 _LONGEST = 300  # characters of a reason
 
 
-def identity(folder: epath.Path) -> int | None:
-    """What differs once another folder is at this place, or none: its disk is no longer mounted, say. None: a store has
-    no folders.
+class Place:
+    """The folder that a job writes to, on this machine or on a store; it may vanish, be replaced, or no longer be
+    mounted. Orbax would make it again, under a mount point say, and go on."""
 
-    The device is no part of it, an automounter may give the same file system another one.
-    """
-    if is_url(folder):
-        return None
-    try:
-        return os.stat(folder).st_ino
-    except OSError:
-        return -1
+    def __init__(self, folder: epath.Path) -> None:
+        self.folder = folder
+        # Held open, so that no other folder gets its inode.
+        self._number = None if is_url(folder) else os.open(folder, os.O_RDONLY)
+
+    def vanished(self) -> bool:
+        if self._number is None:
+            return False
+        try:
+            return not os.path.samestat(os.fstat(self._number), os.stat(self.folder))
+        except OSError:
+            return True
+
+    def check(self) -> None:
+        if self.vanished():
+            raise FileNotFoundError(f"{self.folder} is not the folder that it was")
+
+    def close(self) -> None:
+        if self._number is not None:
+            os.close(self._number)
+            self._number = None
 
 
 @contextlib.contextmanager
-def saving(folder: epath.Path, before: int | None, complete: Callable[[], Iterable[int]]) -> Iterator[None]:
-    """Says what became of a checkpoint that cannot be written; `before` is the identity that the folder had when it
-    was opened, `complete` looks which steps are there.
+def saving(place: Place, complete: Callable[[], Iterable[int]]) -> Iterator[None]:
+    """Says what became of a checkpoint that cannot be written; `complete` looks which steps are there.
 
     Raises DiskFull where there is no room, else UserError.
     """
+    folder = place.folder
     try:
+        place.check()
         yield
+        place.check()
     except UserError:
         raise
     except Exception as error:
-        text = str(error)
-        vanished = isinstance(error, FileNotFoundError) or identity(folder) != before
+        text, vanished = str(error), place.vanished()
         if not (vanished or is_url(folder) or isinstance(error, OSError) or _STATUS.match(text)):
             raise
         leave_to_the_caller()

@@ -88,8 +88,10 @@ def prepare(folder: epath.Path) -> None:
             fsspec.config.conf.setdefault(protocol, {})["use_listings_cache"] = False
         _teach_orbax()
         parts = urlsplit(os.fspath(folder))
-        if not epath.Path(f"{parts.scheme}://{parts.netloc}").exists():
-            raise UserError(f"{folder}: there is no bucket {parts.netloc}; expected one that exists")
+        try:
+            fsspec.filesystem(parts.scheme).info(parts.netloc)
+        except FileNotFoundError as error:  # it would be made otherwise, of a mistyped name too
+            raise UserError(f"{folder}: there is no bucket {parts.netloc}; expected one that exists") from error
 
 
 @functools.cache

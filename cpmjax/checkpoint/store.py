@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
@@ -61,7 +60,7 @@ class Checkpoints:
                 **object_stores.options(self.directory),
             )
             self._manager = ocp.CheckpointManager(self.directory, options=options, handler_registry=_handlers())
-        self._identity = failures.identity(self.directory)
+        self._place = failures.Place(self.directory) if writes else None
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending."""
@@ -83,7 +82,7 @@ class Checkpoints:
     ) -> None:
         """Begins to write a checkpoint and returns once the arrays are copied; a failed earlier save raises here."""
         trees = {"parameters": parameters} | ({} if average is None else {"average": average})
-        with self._saving():
+        with failures.quiet(), self._saving():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -100,7 +99,7 @@ class Checkpoints:
 
     def save_weights(self, step: int, weights: Weights, metadata: dict[str, Any]) -> None:
         """Writes a checkpoint of parameters alone, reading them slice by slice; returns when it is complete."""
-        with self._saving():
+        with failures.quiet(), self._saving():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(parameters=ocp.args.PyTreeSave(streaming.streamed(weights))),
@@ -175,11 +174,15 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when everything begun is on disk."""
-        with self._saving():
+        with failures.quiet(), self._saving():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        with self._saving(begun=True):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(failures.quiet())
+            if self._place is not None:
+                stack.callback(self._place.close)
+                stack.enter_context(self._saving())
             self._manager.close()
 
     def _folder(self, step: int) -> epath.Path:
@@ -204,16 +207,9 @@ class Checkpoints:
         with failures.quiet(), failures.restoring(self._folder(step) / item):
             return self._manager.restore(step, args=ocp.args.Composite(**{item: arguments}))[item]
 
-    @contextlib.contextmanager
-    def _saving(self, begun: bool = False) -> Iterator[None]:
-        def complete() -> list[int]:
-            return self._manager.all_steps(read=True)
-
-        with failures.quiet(), failures.saving(self.directory, self._identity, complete):
-            # Orbax would make a folder that is gone again, under a mount point say, and go on.
-            if not begun and failures.identity(self.directory) != self._identity:
-                raise FileNotFoundError(f"{self.directory} is not what it was when the job began")
-            yield
+    def _saving(self) -> contextlib.AbstractContextManager[None]:
+        assert self._place is not None, "opened without rules: to be read"
+        return failures.saving(self._place, lambda: self._manager.all_steps(read=True))
 
 
 def _absolute(folder: str | os.PathLike[str]) -> epath.Path:
