@@ -57,6 +57,8 @@ class Checkpoints:
                 read_only=not writes,
                 cleanup_tmp_directories=writes,
                 preservation_policy=_preservation(rules) if rules is not None else None,
+                # Where a folder cannot be made, threads that wait for it would keep the process for five minutes.
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
                 **object_stores.options(self.directory),
             )
             self._manager = ocp.CheckpointManager(self.directory, options=options, handler_registry=_handlers())
