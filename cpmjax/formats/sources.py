@@ -81,7 +81,7 @@ def open_source(text: str, downloads: Path, reading: Reading = Reading()) -> Ite
         yield Source(str(path), {None: candidate(path.name, [path], None)}, series=False)
 
 
-def _files_in(folder: epath.Path) -> Iterator[epath.Path]:
+def _files_in(folder: Path | epath.Path) -> Iterator[Path | epath.Path]:
     for path in folder.iterdir():
         if path.is_dir():
             yield from _files_in(path)

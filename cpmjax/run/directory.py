@@ -150,10 +150,10 @@ class RunDirectory:
         self.profile = self.path / "profile"
 
     @property
-    def checkpoints(self) -> epath.Path:
+    def checkpoints(self) -> Path | epath.Path:
         """The folder of its checkpoints: here, or, of a run with `checkpoint.folder`, wherever that says."""
         elsewhere = self.read_config().get("checkpoint", {}).get("folder") if self.exists else None
-        return epath.Path(elsewhere or self.path / "checkpoints")
+        return epath.Path(elsewhere) if elsewhere else self.path / "checkpoints"
 
     @property
     def exists(self) -> bool:
