@@ -89,10 +89,10 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(
                     **{
-                        item: ocp.args.StandardSave(tree, save_args=jax.tree_util.tree_map_with_path(_by_layer, tree))
+                        item: ocp.args.PyTreeSave(tree, save_args=jax.tree_util.tree_map_with_path(_by_layer, tree))
                         for item, tree in trees.items()
                     },
-                    optimizer=ocp.args.StandardSave(serialization.to_state_dict(optimizer)),
+                    optimizer=ocp.args.PyTreeSave(serialization.to_state_dict(optimizer)),
                     position=ocp.args.JsonSave(position),
                 ),
                 custom_metadata=metadata,
@@ -220,10 +220,11 @@ def _absolute(folder: str | os.PathLike[str]) -> epath.Path:
 
 def _handlers() -> Any:
     """What writes and reads each kind of item."""
-    standard, plain = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
+    # Numbers that are learnt hardly shrink, and zstd takes longer than the disk.
+    written, plain = ocp.PyTreeCheckpointHandler(use_compression=False), ocp.JsonCheckpointHandler()
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    registry.add(None, ocp.args.StandardSave, standard)
-    registry.add(None, ocp.args.StandardRestore, standard)
+    registry.add(None, ocp.args.PyTreeSave, written)
+    registry.add(None, ocp.args.StandardRestore, ocp.StandardCheckpointHandler())
     registry.add(None, ocp.args.JsonSave, plain)
     registry.add(None, ocp.args.JsonRestore, plain)
     registry.add("parameters", ocp.args.PyTreeSave, streaming.item_handler())
