@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -253,7 +254,10 @@ class Disk:
     path: Path
 
     def resize(self, size: int) -> None:
-        subprocess.run(["mount", "-o", f"remount,size={size}", self.path], check=True)
+        self.remount(f"size={size}")
+
+    def remount(self, option: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{option}", self.path], check=True)
 
 
 @pytest.fixture
@@ -292,6 +296,36 @@ def test_full_disk_under_the_run(shared: Path, disk: Disk) -> None:
     assert steps and steps[-1] < 32
 
     disk.resize(64 * size)
+    jobs.train(*arguments)
+    assert jobs.unequal(jobs.outcome(run), expected) == []
+
+
+def test_checkpoints_on_a_disk_that_turns_read_only_or_away(shared: Path, disk: Disk) -> None:
+    """Their folder is on a disk of its own; the run goes on once that is back."""
+    experiment = jobs.experiment(shared, "elsewhere")
+    jobs.train(experiment)
+    expected = jobs.outcome(shared / "elsewhere")
+    disk.resize(2**26)
+    folder, away = disk.path / "checkpoints", disk.path / "away"
+    run = shared / "on_a_disk"
+    arguments = (experiment, f"--run.directory={run}", f"--checkpoint.folder={folder}")
+    failures: list[tuple[int, Callable[[], object], Callable[[], object], str]] = [
+        (5, lambda: disk.remount("ro"), lambda: disk.remount("rw"), "Read-only file system"),
+        (15, lambda: folder.rename(away), lambda: away.rename(folder), "the folder is gone"),
+    ]
+    for step, fail, mend, reason in failures:
+        process = jobs.start(*arguments)
+        try:
+            assert jobs.signal_at(process, lambda step=step: (folder / str(step)).exists(), signal.SIGSTOP)
+            fail()
+        finally:
+            process.send_signal(signal.SIGCONT)
+        message = jobs.error_line(*jobs.finish(process))
+        assert message.startswith(f"{folder}: a checkpoint was not written: ") and reason in message
+        assert "; complete ones: " in message
+        mend()
+        assert step in [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+        assert jobs.unequal(jobs.outcome(run), expected, finished=False) == []
     jobs.train(*arguments)
     assert jobs.unequal(jobs.outcome(run), expected) == []
 

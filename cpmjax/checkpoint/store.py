@@ -3,51 +3,66 @@
 `checkpoints/STEP/` holds one item each for `parameters`, `optimizer` (plain nested dicts of arrays) and `position`
 (JSON), in some runs also for `average` (a tree like that of parameters), and metadata: step, tokens, stage, learning
 rate. Orbax writes a step into a folder of another name and renames it when everything is on disk, so a kill leaves a
-step whole or not there.
+step whole or not there; on an object store a file that is written last says so (`cpmjax.checkpoint.object_stores`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+import os
 from typing import Any, Literal
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import serialization
 from orbax.checkpoint import checkpoint_managers as policies
 
-from cpmjax.checkpoint import streaming
+from cpmjax.checkpoint import failures, object_stores, streaming
 from cpmjax.model.parameters import Tree, flat, path_name, specs
 from cpmjax.model.weights import Weights
 from cpmjax.run.config import CheckpointConfig, ModelConfig
-from cpmjax.run.errors import DiskFull, UserError
+from cpmjax.run.errors import UserError
 
 Item = Literal["parameters", "average"]
+
+
+def refuse_used(rules: CheckpointConfig) -> None:
+    """Raises UserError if the folder that a new run is to have for its checkpoints is not empty."""
+    if rules.folder is None:
+        return
+    folder = _absolute(rules.folder)
+    object_stores.prepare(folder)
+    with object_stores.answering(folder):
+        found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if found:
+        raise UserError(f"checkpoint.folder = {folder}: holds {found[0]} already; expected a folder of this run alone")
 
 
 class Checkpoints:
     """The checkpoints of one run directory; `rules` is given by the job that writes them."""
 
-    def __init__(self, directory: Path, rules: CheckpointConfig | None = None):
-        self.directory = Path(directory).absolute()
+    def __init__(self, directory: str | os.PathLike[str], rules: CheckpointConfig | None = None):
+        self.directory = _absolute(directory)
         writes = rules is not None
+        object_stores.prepare(self.directory)
         if not writes and not self.directory.is_dir():
             raise UserError(f"{self.directory.parent} has no checkpoints: expected a folder {self.directory}")
         if writes:
-            _leave_errors_to_the_caller()
-        with _quiet():
+            failures.leave_to_the_caller()
+        with failures.quiet(), object_stores.answering(self.directory):
             options = ocp.CheckpointManagerOptions(
                 create=writes,
                 read_only=not writes,
                 cleanup_tmp_directories=writes,
                 preservation_policy=_preservation(rules) if rules is not None else None,
+                # Where a folder cannot be made, threads that wait for it would keep the process for five minutes.
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+                **object_stores.options(self.directory),
             )
             self._manager = ocp.CheckpointManager(self.directory, options=options, handler_registry=_handlers())
+        self._place = failures.Place(self.directory) if writes else None
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending."""
@@ -69,15 +84,15 @@ class Checkpoints:
     ) -> None:
         """Begins to write a checkpoint and returns once the arrays are copied; a failed earlier save raises here."""
         trees = {"parameters": parameters} | ({} if average is None else {"average": average})
-        with _quiet(), self._readable_errors():
+        with failures.quiet(), self._saving():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     **{
-                        item: ocp.args.StandardSave(tree, save_args=jax.tree_util.tree_map_with_path(_by_layer, tree))
+                        item: ocp.args.PyTreeSave(tree, save_args=jax.tree_util.tree_map_with_path(_by_layer, tree))
                         for item, tree in trees.items()
                     },
-                    optimizer=ocp.args.StandardSave(serialization.to_state_dict(optimizer)),
+                    optimizer=ocp.args.PyTreeSave(serialization.to_state_dict(optimizer)),
                     position=ocp.args.JsonSave(position),
                 ),
                 custom_metadata=metadata,
@@ -86,7 +101,7 @@ class Checkpoints:
 
     def save_weights(self, step: int, weights: Weights, metadata: dict[str, Any]) -> None:
         """Writes a checkpoint of parameters alone, reading them slice by slice; returns when it is complete."""
-        with _quiet(), self._readable_errors():
+        with failures.quiet(), self._saving():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(parameters=ocp.args.PyTreeSave(streaming.streamed(weights))),
@@ -96,7 +111,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def delete(self, step: int) -> None:
-        with _quiet():
+        with failures.quiet():
             self._manager.delete(step)
 
     def weights(self, step: int, config: ModelConfig, item: Item = "parameters") -> Weights:
@@ -135,10 +150,10 @@ class Checkpoints:
         return serialization.from_state_dict(abstract, restored)
 
     def has_optimizer(self, step: int) -> bool:
-        return (self._folder(step) / "optimizer").is_dir()
+        return self._has(step, "optimizer")
 
     def has_average(self, step: int) -> bool:
-        return (self._folder(step) / "average").is_dir()
+        return self._has(step, "average")
 
     def _check_average(self, step: int, item: Item) -> None:
         if item == "average" and not self.has_average(step):
@@ -150,62 +165,66 @@ class Checkpoints:
     def position(self, step: int) -> dict[str, int] | None:
         """{"sequences": rows consumed, "skipped": steps skipped}, and "averaged", the updates in an average of
         `training.ema`; None for a checkpoint that brought none along."""
-        if not (self._folder(step) / "position").is_dir():
+        if not self._has(step, "position"):
             return None
         return self._restore(step, "position", ocp.args.JsonRestore())
 
     def metadata(self, step: int) -> dict[str, Any]:
         """step, tokens, stage, learning_rate."""
-        with _quiet(), _restoring(self._folder(step)):
+        with failures.quiet(), failures.restoring(self._folder(step)):
             return dict(self._manager.metadata(step).custom_metadata or {})
 
     def wait(self) -> None:
         """Returns when everything begun is on disk."""
-        with _quiet(), self._readable_errors():
+        with failures.quiet(), self._saving():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        with _quiet(), self._readable_errors():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(failures.quiet())
+            if self._place is not None:
+                stack.callback(self._place.close)
+                stack.enter_context(self._saving())
             self._manager.close()
 
-    def _folder(self, step: int) -> Path:
+    def _folder(self, step: int) -> epath.Path:
         if step not in self._manager.all_steps():
             have = ", ".join(map(str, self.steps())) or "none"
             raise UserError(f"{self.directory.parent} has no checkpoint of step {step}: expected one of {have}")
         return self.directory / str(step)
 
+    def _has(self, step: int, item: str) -> bool:
+        with object_stores.answering(self.directory):
+            return (self._folder(step) / item).is_dir()
+
     def _item_metadata(self, step: int, item: str) -> Tree:
         folder = self._folder(step) / item
-        with _quiet(), _restoring(folder), ocp.StandardCheckpointer() as checkpointer:
+        with failures.quiet(), failures.restoring(folder), ocp.StandardCheckpointer() as checkpointer:
             stored = checkpointer.metadata(folder).item_metadata
             if stored is None:
                 raise FileNotFoundError("its metadata cannot be read")
             return stored.tree
 
     def _restore(self, step: int, item: str, arguments: Any) -> Any:
-        with _quiet(), _restoring(self._folder(step) / item):
+        with failures.quiet(), failures.restoring(self._folder(step) / item):
             return self._manager.restore(step, args=ocp.args.Composite(**{item: arguments}))[item]
 
-    @contextlib.contextmanager
-    def _readable_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            # tensorstore reports a full disk as text; earlier checkpoints are untouched.
-            if "No space left on device" in str(error):
-                raise DiskFull(
-                    f"no space left on the disk that holds {self.directory}: a checkpoint was not written; "
-                    f"complete ones: {', '.join(map(str, self.steps())) or 'none'}"
-                ) from error
-            raise
+    def _saving(self) -> contextlib.AbstractContextManager[None]:
+        assert self._place is not None, "opened without rules: to be read"
+        return failures.saving(self._place, lambda: self._manager.all_steps(read=True))
+
+
+def _absolute(folder: str | os.PathLike[str]) -> epath.Path:
+    return epath.Path(folder if object_stores.is_url(folder) else os.path.abspath(folder))
 
 
 def _handlers() -> Any:
     """What writes and reads each kind of item."""
-    standard, plain = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
+    # Numbers that are learnt hardly shrink, and zstd takes longer than the disk.
+    written, plain = ocp.PyTreeCheckpointHandler(use_compression=False), ocp.JsonCheckpointHandler()
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    registry.add(None, ocp.args.StandardSave, standard)
-    registry.add(None, ocp.args.StandardRestore, standard)
+    registry.add(None, ocp.args.PyTreeSave, written)
+    registry.add(None, ocp.args.StandardRestore, ocp.StandardCheckpointHandler())
     registry.add(None, ocp.args.JsonSave, plain)
     registry.add(None, ocp.args.JsonRestore, plain)
     registry.add("parameters", ocp.args.PyTreeSave, streaming.item_handler())
@@ -217,49 +236,6 @@ def _by_layer(path: tuple[Any, ...], array: jax.Array) -> ocp.SaveArgs:
     if not path_name(path).startswith("layers/"):
         return ocp.SaveArgs()
     return ocp.SaveArgs(chunk_byte_size=max(1, array.nbytes // array.shape[0]), shard_axes=(0,))
-
-
-@contextlib.contextmanager
-def _restoring(folder: Path) -> Iterator[None]:
-    """Names what cannot be restored, with the first line of the reason that orbax or tensorstore gives."""
-    try:
-        yield
-    except Exception as error:
-        # Where data cannot be read, orbax raises a bare Exception; what tensorstore said is its cause.
-        _leave_errors_to_the_caller()
-        lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{folder} cannot be restored: {lines[0].partition(' [tensorstore_spec')[0]}") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps orbax's warnings about its own defaults (a read-only manager, say) from the user; errors still raise."""
-    logger = logging.getLogger("absl")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
-def _leave_errors_to_the_caller() -> None:
-    """From now on what fails to be saved or restored raises here, and prints nothing elsewhere.
-
-    Each background thread of orbax would log a traceback of its own, some after the error was raised, and asyncio one
-    for each write that nobody waits for any more; tensorstore's threads call back into loops that the error has closed,
-    and reads that were given up complain when they are collected.
-    """
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.unraisablehook = _unless_given_up
-
-
-def _unless_given_up(unraisable: Any) -> None:
-    coroutine = getattr(unraisable.object, "cr_code", None)
-    given_up = coroutine is not None and "orbax" in coroutine.co_filename
-    if not given_up and str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
 
 
 def _preservation(rules: CheckpointConfig) -> Any:

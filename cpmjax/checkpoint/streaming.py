@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from etils import epath
 
+from cpmjax.checkpoint import object_stores
 from cpmjax.model.parameters import ParamSpec, Tree
 from cpmjax.model.weights import Weights, slice_shape
 from cpmjax.run.config import ModelConfig
@@ -117,15 +118,14 @@ def streamed(weights: Weights) -> Tree:
     return tree
 
 
-def stored_weights(item: Path, config: ModelConfig, dtypes: dict[str, np.dtype]) -> Weights:
+def stored_weights(item: epath.Path, config: ModelConfig, dtypes: dict[str, np.dtype]) -> Weights:
     """The parameters in an item of a checkpoint, read slice by slice; nothing is read before it is asked for."""
     context = ts.Context()
     opened: dict[str, ts.TensorStore] = {}
 
     def read(path: str, layer: int | None) -> np.ndarray:
         if path not in opened:
-            base = {"driver": "file", "path": f"{item}/"}
-            kvstore = {"driver": "ocdbt", "base": base, "path": path.replace("/", ".") + "/"}
+            kvstore = {"driver": "ocdbt", "base": object_stores.kvstore(item), "path": path.replace("/", ".") + "/"}
             opened[path] = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True, context=context).result()
         stored = opened[path]
         return (stored if layer is None else stored[layer]).read().result()

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from etils import epath
+
 from cpmjax.formats.history import find_steps
 from cpmjax.formats.hub import HubRepository
 from cpmjax.formats.loading import Reading, Stored, files_below, open_stored, recognise, run_steps, weight_files
@@ -53,20 +55,20 @@ def open_source(text: str, downloads: Path, reading: Reading = Reading()) -> Ite
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; expected weights, or hf://OWNER/REPO")
 
-    def candidate(name: str, files: Iterable[Path], step: int | None) -> Candidate:
+    def candidate(name: str, files: Iterable[Path | epath.Path], step: int | None) -> Candidate:
         @contextlib.contextmanager
         def opened(on_bytes: OnBytes) -> Iterator[Stored]:
             on_bytes(size)
             yield open_stored(path, step, reading)
 
-        size = sum(file.stat().st_size for file in files if file.exists())
+        size = sum(epath.Path(file).stat().length for file in files if file.exists())
         return Candidate(name, size, opened)
 
     kind = recognise(path)
     if kind == "run":
         folders = {step: RunDirectory(path).checkpoints / str(step) for step in run_steps(path)}
         models: dict[int | None, Candidate] = {
-            step: candidate(f"step {step}", [*folder.rglob("*")], step) for step, folder in folders.items()
+            step: candidate(f"step {step}", _files_in(folder), step) for step, folder in folders.items()
         }
         yield Source(str(path), models, series=True, of_a_run=True)
     elif path.is_dir():
@@ -77,6 +79,14 @@ def open_source(text: str, downloads: Path, reading: Reading = Reading()) -> Ite
         yield Source(str(path), models, series=None not in models)
     else:
         yield Source(str(path), {None: candidate(path.name, [path], None)}, series=False)
+
+
+def _files_in(folder: Path | epath.Path) -> Iterator[Path | epath.Path]:
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _files_in(path)
+        else:
+            yield path
 
 
 def absent(label: str, step: int) -> Candidate:

@@ -246,8 +246,9 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save, and what to keep. The last step is always saved, and the last one before a decay."""
+    """When to save, what to keep, and where. The last step is always saved, and the last one before a decay."""
 
+    folder: str | None = None  # of this run alone, absolute or gs:// or s3://; None: in the run directory
     every: int = 100
     every_in_decay: int | None = None  # None: as `every`
     steps: tuple[int, ...] = ()  # chosen steps to save as well; always kept
@@ -255,6 +256,8 @@ class CheckpointConfig:
     keep_every: int | None = None  # beside the last ones: steps divisible by it
 
     def problems(self) -> Iterator[tuple[str, str]]:
+        if self.folder is not None and not self.folder.startswith(("/", "gs://", "s3://")):
+            yield "folder", "an absolute path, or a URL that begins with gs:// or s3://"
         for key in ("every", "every_in_decay", "keep_last", "keep_every"):
             value = getattr(self, key)
             if value is not None and value < 1:

@@ -20,6 +20,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from cpmjax.run.cli import decode, dump, read_yaml
 from cpmjax.run.config import Config
 from cpmjax.run.errors import UserError
@@ -144,9 +146,14 @@ class RunDirectory:
         self.metrics_file = self.path / "metrics.jsonl"
         self.samples_file = self.path / "samples.jsonl"
         self.provenance_file = self.path / "provenance.json"
-        self.checkpoints = self.path / "checkpoints"
         self.plots = self.path / "plots"
         self.profile = self.path / "profile"
+
+    @property
+    def checkpoints(self) -> Path | epath.Path:
+        """The folder of its checkpoints: here, or, of a run with `checkpoint.folder`, wherever that says."""
+        elsewhere = self.read_config().get("checkpoint", {}).get("folder") if self.exists else None
+        return epath.Path(elsewhere) if elsewhere else self.path / "checkpoints"
 
     @property
     def exists(self) -> bool:

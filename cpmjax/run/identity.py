@@ -31,6 +31,8 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 # Keys that say where a run and its text live, which steps to trace or what a resume may change; they are no part of
 # what the run is.
 _NOT_PART_OF_A_RUN = ("run.directory", "run.cache", "run.accept_changes", "data.folder", "log.profile_steps")
+# A resume must look for checkpoints where they are; the experiment is the same one, wherever that is.
+_NOT_PART_OF_AN_EXPERIMENT = "checkpoint.folder"
 # Keys that are younger than some runs, with their defaults: there they are no part of the fingerprint, so that an older
 # run keeps its own. A star is any name.
 _YOUNGER: dict[str, Any] = {
@@ -52,6 +54,8 @@ def fingerprint(config: Config) -> str:
     """12 hexadecimal digits; equal for equal experiments, wherever they run."""
 
     def as_before(key: str, value: Any) -> bool:
+        if key == _NOT_PART_OF_AN_EXPERIMENT:
+            return True
         return any(fnmatch.fnmatchcase(key, younger) and value == default for younger, default in _YOUNGER.items())
 
     keys = {key: value for key, value in comparable(encode(config)).items() if not as_before(key, value)}

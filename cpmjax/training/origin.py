@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import optax
 
-from cpmjax.checkpoint.store import Checkpoints
+from cpmjax.checkpoint.store import Checkpoints, refuse_used
 from cpmjax.run import cli
 from cpmjax.run.config import Config
 from cpmjax.run.directory import RunDirectory
@@ -53,8 +53,10 @@ class Origin:
 def new_origin(config: Config) -> Origin:
     """The origin of a run that does not exist yet.
 
-    Raises UserError if the branch point is no stable checkpoint of the parent, or the model is not the parent's.
+    Raises UserError if the branch point is no stable checkpoint of the parent, if the model is not the parent's, or if
+    the folder for its checkpoints is not empty.
     """
+    refuse_used(config.checkpoint)
     run, step = config.branch.run, config.branch.step
     if run is None or step is None:
         return Origin({"kind": "trained"})

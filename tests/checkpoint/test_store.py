@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -257,3 +258,102 @@ def test_a_death_during_a_save_leaves_a_complete_checkpoint_or_none(tmp_path):
     with contextlib.closing(Checkpoints(folder, CheckpointConfig())):
         pass  # whoever writes next tidies up
     assert all(path.name.isdigit() for path in folder.iterdir())
+
+
+# A disk that fails, at any moment of a save.
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of 64 MB."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("only root may mount a small file system")
+    path = tmp_path / "disk"
+    path.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", path], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no small file system may be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", path], check=True)
+
+
+def remount(disk: Path, option: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{option}", disk], check=True)
+
+
+def replace_by_an_empty_one(folder: Path) -> None:
+    """As a disk does that is no longer mounted: what is under its place shows."""
+    folder.rename(folder.with_name("elsewhere"))
+    folder.mkdir()
+
+
+FAILURES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "full": (lambda folder: remount(folder.parent, "size=1m"), "no space left on the disk that holds {}: a "),
+    "read-only": (
+        lambda folder: remount(folder.parent, "ro"),
+        "{}: a checkpoint was not written: [Errno 30] Read-only",
+    ),
+    "gone": (lambda folder: folder.rename(folder.with_name("elsewhere")), "{}: a checkpoint was not written: the fold"),
+    "replaced": (replace_by_an_empty_one, "{}: a checkpoint was not written: the folder is gone; expected the one "),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_disk_that_fails_is_one_error_and_leaves_what_is_complete(disk, failure):
+    fail, beginning = FAILURES[failure]
+    folder = disk / "checkpoints"
+    store = Checkpoints(folder, CheckpointConfig())
+    save(store, 3)
+    store.wait()
+    fail(folder)
+    with pytest.raises(UserError) as caught:
+        save_much(store, 7)
+        store.wait()
+    message = str(caught.value)
+    assert message.startswith(beginning.format(folder)) and "\n" not in message
+    assert message.endswith(f"; complete ones: {'3' if folder.exists() and (folder / '3').exists() else 'none'}")
+    with contextlib.suppress(UserError):
+        store.close()
+    if (elsewhere := folder.with_name("elsewhere")).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        elsewhere.rename(folder)
+    remount(disk, "rw,size=64m")
+    with contextlib.closing(Checkpoints(folder, CheckpointConfig())) as store:
+        assert store.steps() == [3]
+        assert_bits(store.parameters(3), values(3))
+        save(store, 7)
+        store.wait()
+    with contextlib.closing(Checkpoints(folder)) as store:
+        assert store.steps() == [3, 7]
+        assert_bits(store.parameters(7), values(7))
+    assert sorted(path.name for path in folder.iterdir()) == ["3", "7"]
+
+
+def save_much(store: Checkpoints, step: int) -> None:
+    """8 MB, which are not written at once."""
+    parameters = one_device(values(step, ROWS_OF_A_LONG_SAVE))
+    store.save(step, parameters, parameters, POSITION, METADATA | {"step": step})
+
+
+@pytest.mark.parametrize("milliseconds", [0, 5, 20, 60])
+def test_a_folder_that_vanishes_while_a_step_is_written(tmp_path, milliseconds):
+    """Whatever of it orbax makes anew: the save has failed, and says why."""
+    folder = tmp_path / "checkpoints"
+    store = Checkpoints(folder, CheckpointConfig())
+    save(store, 3)
+    store.wait()
+    save_much(store, 7)
+    time.sleep(milliseconds / 1000)
+    folder.rename(folder.with_name("elsewhere"))
+    with pytest.raises(UserError, match=f"{folder}: a checkpoint was not written: the folder is gone; expected the on"):
+        store.wait()
+    with contextlib.suppress(UserError):
+        store.close()
+
+
+def test_a_bug_keeps_its_traceback(tmp_path):
+    store = Checkpoints(tmp_path / "checkpoints", CheckpointConfig())
+    with contextlib.closing(store), pytest.raises(ValueError, match="Found empty item"):
+        store.save(1, {}, {}, POSITION, METADATA)

@@ -276,7 +276,7 @@ def test_a_bit_that_flips_on_the_disk_is_found(largest, two, tmp_path, monkeypat
 
     def after_a_flip(self, step, config):
         if step == 300_000:
-            flip(self.directory / str(step), largest)
+            flip(Path(self.directory) / str(step), largest)
         return weights(self, step, config)
 
     with monkeypatch.context() as patched:

@@ -146,6 +146,7 @@ def test_cycles_and_lists() -> None:
         ("--schedule={type: wsd_s, cycles: [[1]]}", ["schedule.cycles[0] = [1]", "a list of 2"]),
         ("--run.directory=7", ["run.directory = 7", "text"]),
         ("--model.preset=smal", ["model.preset = 'smal'", "small, large", "nearest: small"]),
+        ("--checkpoint.folder=on/disk", ["checkpoint.folder = 'on/disk'", "an absolute path, or a URL"]),
         ("--model.width=-4", ["model.width = -4", "a positive whole number"]),
         ("--schedule.floor=2", ["schedule.floor = 2.0", "from 0 to 1"]),
         ("--data.stable.dcos=1", ["data.stable.dcos", "one of data.corpora: docs"]),

@@ -415,7 +415,17 @@ def test_names_of_the_files(tmp_path: Path) -> None:
         "metrics_file": "metrics.jsonl",
         "samples_file": "samples.jsonl",
         "provenance_file": "provenance.json",
-        "checkpoints": "checkpoints",
         "plots": "plots",
         "profile": "profile",
     }
+    assert run.checkpoints == tmp_path / "checkpoints"
+
+
+def test_checkpoints_lie_where_the_configuration_says(tmp_path: Path) -> None:
+    run, folder = RunDirectory(tmp_path / "run"), "s3://bucket/run"
+    run.create(change(checkpoint=CheckpointConfig(folder=folder)), {"kind": "trained"})
+    assert str(RunDirectory(tmp_path / "run").checkpoints) == folder
+    # The same experiment, wherever they lie; but a resume has to find them.
+    assert fingerprint(change(checkpoint=CheckpointConfig(folder=folder))) == fingerprint(CONFIG)
+    with pytest.raises(UserError, match=f'checkpoint.folder: "{folder}" -> null'):
+        run.check_resume(CONFIG)
