@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from cpmjax.parallel.device_groups import axes_between, axes_of, replica_groups
 from cpmjax.parallel.hlo import Computation, Instruction, numbers, parse, shapes, size_in_bytes
+from cpmjax.parallel.kernel_costs import kernel_flops
 from cpmjax.parallel.traffic import moved
 from cpmjax.run.errors import UserError
 
@@ -172,7 +173,10 @@ class _Reader:
             if each.opcode != "call":  # what is fused reads and writes as one
                 total.moved = 0.0
             if each.opcode == "custom-call" and not total.flops and each.target not in _WITHOUT_PRODUCTS:
-                total.opaque.add(each.target)
+                if (flops := kernel_flops(each, within)) is None:
+                    total.opaque.add(each.target)
+                else:
+                    total.flops = flops
         return total
 
     def _turns(self, loop: Instruction, within: Computation, required: bool) -> int:
