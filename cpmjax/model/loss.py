@@ -1,19 +1,19 @@
 """Chunked cross entropy: a loss for each token, without ever holding the logits of all of them.
 
-B batch, L length, D width, V vocabulary.
+B batch, L length, D width, V vocabulary, v of it on a device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from cpmjax.model.transformer import MiniCPM
-from cpmjax.parallel.mesh import AXES
-from cpmjax.parallel.sharding import by_hand, only, partition, split_axes
+from cpmjax.parallel.sharding import divides, padded, padded_shape, partition, split_axes
 
 
 class TokenLosses(NamedTuple):
@@ -30,54 +30,70 @@ def token_losses(model: MiniCPM, hidden_BLD: jax.Array, targets_BL: jax.Array) -
     On a device, at most `compute.loss_chunk` tokens (at least one position of each row) have logits at one time, in the
     backward pass too: a chunk is a slice along the length, and is computed again for the gradient.
     """
-    axes = split_axes("rows", "length")
-    if not axes:
-        return _in_chunks(model, model.head_weight, hidden_BLD, targets_BL)
+    weight_DV, splits = model.head_weight, split_axes("rows", "length", "vocabulary")
+    if not splits or not divides(("rows", "length"), targets_BL.shape):
+        return _in_chunks(partial(_losses, model, weight_DV), model, hidden_BLD, targets_BL)
+    in_parts = split_axes("vocabulary")
 
-    manual = by_hand(axes)
-
-    # Each device goes through its own tokens with the whole head, so that the gradient of the head is summed over
-    # devices once: left to the compiler it would be once for each chunk.
-    def local(weight_DV: jax.Array, hidden_BLD: jax.Array, targets_BL: jax.Array) -> TokenLosses:
-        if len(manual) == len(AXES):  # else what is summed is float32, see by_hand
-            weight_DV = weight_DV.astype(hidden_BLD.dtype)
+    # Each device goes through its own tokens with the whole width of the head, so that the head's gradient is summed
+    # over devices once: left to the compiler it would be once for each chunk.
+    def local(weight_Dv: jax.Array, hidden_BLD: jax.Array, targets_BL: jax.Array) -> TokenLosses:
+        weight_Dv = weight_Dv.astype(hidden_BLD.dtype)
         for axis in split_axes("width"):
-            weight_DV = jax.lax.all_gather(weight_DV, axis, axis=0, tiled=True)
-        # Its own on each device from here on, so that the sum comes here too, after the loop over chunks.
-        others = tuple(axis for axis in axes if axis not in split_axes("width"))
-        return _in_chunks(model, jax.lax.pcast(weight_DV, others, to="varying"), hidden_BLD, targets_BL)
+            weight_Dv = jax.lax.all_gather(weight_Dv, axis, axis=0, tiled=True)
+        # Its own on each device from here on: here is then where the sum is taken, after the loop over chunks.
+        same = tuple(axis for axis in splits if axis not in split_axes("width", "vocabulary"))
+        weight_Dv = jax.lax.pcast(weight_Dv, same, to="varying")
+        losses = partial(_losses_in_parts if in_parts else _losses, model, weight_Dv)
+        return _in_chunks(losses, model, hidden_BLD, targets_BL)
 
-    def placed(*names: str | None) -> PartitionSpec:
-        return only(axes, partition(names))
-
+    axes, tokens = ("width", "vocabulary" if in_parts else None), partition(("rows", "length"))
     on_devices = jax.shard_map(
-        local,
-        in_specs=(placed("width", None), placed("rows", "length", None), placed("rows", "length")),
-        out_specs=placed("rows", "length"),
-        axis_names=manual,
+        local, in_specs=(partition(axes), partition(("rows", "length", None)), tokens), out_specs=tokens
     )
-    return on_devices(model.head_weight, hidden_BLD, targets_BL)
+    whole_parts = padded_shape(jax.sharding.get_abstract_mesh(), axes, weight_DV.shape)
+    return on_devices(padded(weight_DV, whole_parts), hidden_BLD, targets_BL)
 
 
-def _in_chunks(model: MiniCPM, weight_DV: jax.Array, hidden_BLD: jax.Array, targets_BL: jax.Array) -> TokenLosses:
+def _in_chunks(
+    losses: Callable[[jax.Array, jax.Array], TokenLosses], model: MiniCPM, hidden_BLD: jax.Array, targets_BL: jax.Array
+) -> TokenLosses:
     batch, length, width = hidden_BLD.shape
     positions = max(1, model.compute.loss_chunk // batch)
     if positions >= length:
-        return _chunk_losses(model, weight_DV, hidden_BLD, targets_BL)
+        return losses(hidden_BLD, targets_BL)
     chunks = -(-length // positions)
     padding = chunks * positions - length
     hidden_BLD = jnp.pad(hidden_BLD, ((0, 0), (0, padding), (0, 0)))
     targets_BL = jnp.pad(targets_BL, ((0, 0), (0, padding)))
     hidden = jnp.moveaxis(hidden_BLD.reshape(batch, chunks, positions, width), 1, 0)
     targets = jnp.moveaxis(targets_BL.reshape(batch, chunks, positions), 1, 0)
-    chunk = jax.checkpoint(lambda xs: _chunk_losses(model, weight_DV, *xs), prevent_cse=False)
-    losses = jax.lax.map(chunk, (hidden, targets))
-    return TokenLosses(*(jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length] for x in losses))
+    chunk = jax.checkpoint(lambda xs: losses(*xs), prevent_cse=False)
+    found = jax.lax.map(chunk, (hidden, targets))
+    return TokenLosses(*(jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length] for x in found))
 
 
-def _chunk_losses(model: MiniCPM, weight_DV: jax.Array, hidden_BLD: jax.Array, targets_BL: jax.Array) -> TokenLosses:
+def _losses(model: MiniCPM, weight_DV: jax.Array, hidden_BLD: jax.Array, targets_BL: jax.Array) -> TokenLosses:
     logits_BLV = model.head(hidden_BLD, weight_DV)
     logsumexp_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
     target_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
     rms_BL = jnp.sqrt(jnp.mean(jax.lax.stop_gradient(logits_BLV) ** 2, axis=-1))
+    return TokenLosses(logsumexp_BL - target_BL, logsumexp_BL, rms_BL)
+
+
+def _losses_in_parts(model: MiniCPM, weight_Dv: jax.Array, hidden_BLD: jax.Array, targets_BL: jax.Array) -> TokenLosses:
+    """`_losses` where each device has a part of the vocabulary, and the last one perhaps some padding."""
+    axes, vocabulary, part = split_axes("vocabulary"), model.config.vocabulary, weight_Dv.shape[1]
+    first = jax.lax.axis_index(axes) * part
+    real_v = first + jnp.arange(part) < vocabulary
+    logits_BLv = jnp.where(real_v, model.head(hidden_BLD, weight_Dv), -1e30)
+    maximum_BL = jax.lax.pmax(jnp.max(jax.lax.stop_gradient(logits_BLv), axis=-1), axes)
+    total_BL = jax.lax.psum(jnp.sum(jnp.exp(logits_BLv - maximum_BL[..., None]), axis=-1), axes)
+    logsumexp_BL = maximum_BL + jnp.log(total_BL)
+    places_BL = targets_BL - first
+    here_BL = (places_BL >= 0) & (places_BL < part)
+    found_BL = jnp.take_along_axis(logits_BLv, jnp.where(here_BL, places_BL, 0)[..., None], axis=-1)[..., 0]
+    target_BL = jax.lax.psum(jnp.where(here_BL, found_BL, 0), axes)
+    squares_BLv = jnp.where(real_v, jax.lax.stop_gradient(logits_BLv) ** 2, 0)
+    rms_BL = jnp.sqrt(jax.lax.psum(jnp.sum(squares_BLv, axis=-1), axes) / vocabulary)
     return TokenLosses(logsumexp_BL - target_BL, logsumexp_BL, rms_BL)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -89,17 +89,7 @@ def splits(axis: str) -> bool:
     return bool(split_axes(axis))
 
 
-def by_hand(mesh_axes: Collection[str]) -> set[str]:
-    """What to give `jax.shard_map` as `axis_names`: these, and all others too if none of them has more than one part.
-
-    Axes that are left to the compiler cost XLA's CPU compiler its sums of bfloat16: it aborts.
-    """
+def divides(axes: Axes, shape: Sequence[int]) -> bool:
+    """Whether the mesh of `jax.set_mesh` divides an array of these logical axes: then `jax.shard_map` takes it."""
     mesh = jax.sharding.get_abstract_mesh()
-    others = {axis for axis in mesh.shape if axis not in mesh_axes}
-    return {*mesh_axes} if any(mesh.shape[axis] > 1 for axis in others) else {*mesh_axes, *others}
-
-
-def only(mesh_axes: Collection[str], spec: PartitionSpec) -> PartitionSpec:
-    """A placement without all other axes of the mesh: what `jax.shard_map` over some of them is told."""
-    parts = [(part,) if isinstance(part, str) else part or () for part in spec]
-    return PartitionSpec(*(tuple(name for name in part if name in mesh_axes) or None for part in parts))
+    return all(size % parts(mesh, axis) == 0 for axis, size in zip(axes, shape, strict=True))
