@@ -34,6 +34,7 @@ from cpmjax.run import cli
 from cpmjax.run.config import Config
 from cpmjax.run.directory import RunDirectory
 from cpmjax.run.errors import UserError
+from cpmjax.run.identity import encode
 from cpmjax.run.interrupt import SAVED_AND_STOPPED
 from cpmjax.sampling.prompts import Prompts
 from cpmjax.training.evaluation import HeldOut
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> int:
     config = cli.load(argv, PRESETS, __doc__ or "")
     directory = RunDirectory(config.run.directory)
     with distributed.joined(), directory.lock() if distributed.is_first() else contextlib.nullcontext():
-        distributed.check_same("configuration", cli.dump(config))
+        distributed.check_same(encode(config))
         return train(config, directory)
 
 
@@ -77,7 +78,7 @@ def train(config: Config, directory: RunDirectory) -> int:
         tokenizer = _tokenizer(config, directory, origin, resumes)
         stores = open_stores(config, tokenizer, _say, origin.provenance.get("stores", {}))
     keys = {name: store.key for name, store in stores.items()}
-    distributed.check_same("keys of the tokenised corpora", keys)
+    distributed.check_same({"text": keys})
     provenance = origin.provenance | {"stores": keys}
     order = segments(timeline.schedule, config.data, config.batches, origin.step, origin.position)
     text = Text(config, stores, make_mixture(config, stores, order, timeline.position(timeline.total)))
@@ -113,7 +114,7 @@ def train(config: Config, directory: RunDirectory) -> int:
         if not directory.exists:
             raise UserError(f"{directory.path} of process 0 is not there; expected a folder that all hosts share")
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(directory.checkpoints, config.checkpoint)))
-        distributed.check_same(f"checkpoints in {directory.checkpoints}", checkpoints.steps())
+        distributed.check_same({"checkpoints": checkpoints.steps()})
         start, state = starting_state(config, origin, checkpoints, optimizer, abstract)
         if start >= timeline.total:
             _say(f"{directory.path} is complete: step {start} of {timeline.total}")
@@ -166,7 +167,7 @@ def train(config: Config, directory: RunDirectory) -> int:
                         if first and time.monotonic() - drawn > _SECONDS_BETWEEN_PLOTS:
                             draw_curves(directory, timeline)
                             drawn = time.monotonic()
-                stopping = stop.granted(step)
+                stopping = stop.granted()
                 if timeline.saves(step) or stopping:
                     recorder.flush()  # what is left of the step is no saving
                     with throughput.paused("saving"):

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -29,10 +30,12 @@ from jax.experimental import multihost_utils
 from cpmjax.parallel import last_words
 from cpmjax.run import cli
 from cpmjax.run.errors import UserError
+from cpmjax.run.identity import differences
 from cpmjax.run.interrupt import SAVED_AND_STOPPED, StopRequest
 
 T = TypeVar("T")
 
+_NAMED = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES")
 _FAILED = "cpmjax/failed"  # the key of the first failure
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 _SECONDS_TO_READ = 3.0  # in which every process has looked for a failure
@@ -54,16 +57,21 @@ def cluster(environment: Mapping[str, str]) -> dict[str, Any] | None:
         "initialization_timeout": _seconds(environment, "CPMJAX_START_TIMEOUT", 300),
         "heartbeat_timeout_seconds": _seconds(environment, "CPMJAX_HEARTBEAT_TIMEOUT", 100),
     }
-    if "JAX_COORDINATOR_ADDRESS" in environment and "JAX_NUM_PROCESSES" in environment:
-        address = environment["JAX_COORDINATOR_ADDRESS"]
-        if not address.rpartition(":")[0] or not address.rpartition(":")[2].isdecimal():
-            raise UserError(f"JAX_COORDINATOR_ADDRESS = {address!r}: expected HOST:PORT, both of process 0")
-        processes = _number(environment, "JAX_NUM_PROCESSES", range(1, 10**6))
-        number = _number(environment, "JAX_PROCESS_ID", range(processes))
-        named = {"coordinator_address": address, "num_processes": processes, "process_id": number}
-        # What else of SLURM or Kubernetes may be around is not asked.
-        return named | limits | {"cluster_detection_method": "deactivate"} if processes > 1 else None
-    return limits if _detected(environment) else None
+    if not all(name in environment for name in _NAMED):
+        if _detected(environment):
+            return limits
+        for given in filter(environment.__contains__, _NAMED):
+            missing = _NAMED[1 - _NAMED.index(given)]
+            raise UserError(f"{missing} is not set, but {given} is; expected both, with JAX_PROCESS_ID, or none")
+        return None
+    address = environment["JAX_COORDINATOR_ADDRESS"]
+    if not address.rpartition(":")[0] or not address.rpartition(":")[2].isdecimal():
+        raise UserError(f"JAX_COORDINATOR_ADDRESS = {address!r}: expected HOST:PORT, both of process 0")
+    processes = _number(environment, "JAX_NUM_PROCESSES", range(1, 10**6))
+    number = _number(environment, "JAX_PROCESS_ID", range(processes))
+    named = {"coordinator_address": address, "num_processes": processes, "process_id": number}
+    # What else of SLURM or Kubernetes may be around is not asked.
+    return named | limits | {"cluster_detection_method": "deactivate"} if processes > 1 else None
 
 
 def _detected(environment: Mapping[str, str]) -> bool:
@@ -154,8 +162,9 @@ def joined() -> Iterator[None]:
 
 def _have_last_words(settings: dict[str, Any]) -> None:
     """Gives what C++ writes on stderr to `last_words`; Python goes on with the stderr that it had."""
-    number, of = settings.get("process_id"), settings.get("num_processes")
-    called = f"process {number} of {of}" if of else f"process {os.environ.get('SLURM_PROCID', 'on this host')}"
+    # Who it is among others that JAX will find, only JAX knows, and it may end this process before it tells.
+    known = "process_id" in settings
+    called = f"process {settings['process_id']} of {settings['num_processes']}" if known else socket.gethostname()
     command = [sys.executable, "-I", "-S", last_words.__file__, called, str(settings["initialization_timeout"])]
     reader = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     assert reader.stdin is not None
@@ -172,7 +181,7 @@ def _watch() -> None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody has
             failure = _client().key_value_try_get(_FAILED)
             if not _leaving.is_set():
-                print(f"error: {name()}: {failure}; {last_words.AGAIN}", file=sys.stderr, flush=True)
+                print(f"error: {name()}: {failure}", file=sys.stderr, flush=True)
                 os._exit(1)
 
 
@@ -232,30 +241,37 @@ def follow_first() -> None:
     first(lambda: None)
 
 
-def check_same(what: str, value: Any) -> None:
-    """Raises UserError unless `value`, JSON, is that of process 0."""
-    theirs = first(lambda: value)
-    if theirs != json.loads(json.dumps(value)):
-        mine = f": {value} here, {theirs} there" if len(str(value)) + len(str(theirs)) < 200 else ""
-        raise UserError(f"{what} not as in process 0{mine}; expected the same command and the same files on all hosts")
+def check_same(tree: dict[str, Any]) -> None:
+    """Raises UserError, naming what differs, unless `tree`, JSON, is that of process 0."""
+    theirs = first(lambda: tree)
+    for key, (there, here) in differences(theirs, json.loads(json.dumps(tree))).items():
+        raise UserError(
+            f"{key} is {json.dumps(here)}, but {json.dumps(there)} in process 0; "
+            "expected the same command and the same files on all hosts"
+        )
 
 
 class AgreedStop(StopRequest):
     """A `StopRequest` of any process, granted to all of them at the same step.
 
-    Of several, JAX takes the SIGTERM, from the start on: its preemption service finds, without holding up anyone, a
-    step that none has reached yet. Asking whether it is this one costs a microsecond.
+    Of several, JAX takes the SIGTERM, from the start on, so that it waits for the first step: its preemption service
+    finds, without holding up anyone, a step that none has reached yet. Asking whether this is it costs a microsecond.
+    Steps are counted from here: to JAX, which begins at 0, those before a resumed one would be steps to come.
     """
 
     def __init__(self) -> None:
         super().__init__((signal.SIGINT,) if several() else (signal.SIGTERM, signal.SIGINT))
+        self._asked = 0
 
-    def granted(self, step: int) -> bool:
-        """Whether to stop after this step; asked at every step."""
-        if several() and multihost_utils.reached_preemption_sync_point(step):
-            self.received = self.received or "SIGTERM"
-            return True
-        return not several() and self.received is not None
+    def granted(self) -> bool:
+        """Whether to stop now; every process asks once a step."""
+        if not several():
+            return self.received is not None
+        self._asked += 1
+        if not multihost_utils.reached_preemption_sync_point(self._asked):
+            return False
+        self.received = self.received or "SIGTERM"
+        return True
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         super()._receive(number, frame)
