@@ -40,7 +40,7 @@ _FAILED = "cpmjax/failed"  # the key of the first failure
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 _SECONDS_TO_READ = 3.0  # in which every process has looked for a failure
 _calls = itertools.count()
-_leaving = threading.Event()
+_joining, _leaving = threading.Event(), threading.Event()
 
 
 # Who they are.
@@ -120,7 +120,7 @@ def main(job: Callable[[list[str]], int | None]) -> NoReturn:
         cli.main(job)
     except BaseException as error:
         code = error.code if isinstance(error, SystemExit) else 1
-        if not several() or code in (0, SAVED_AND_STOPPED):
+        if not _joining.is_set() or code in (0, SAVED_AND_STOPPED):
             raise
         if not isinstance(error, SystemExit):
             traceback.print_exc()
@@ -140,8 +140,17 @@ def joined() -> Iterator[None]:
     if settings is None or jax.distributed.is_initialized():
         yield
         return
+    if settings.get("process_id") == 0:
+        _check_port(settings["coordinator_address"])
     _have_last_words(settings)
-    jax.distributed.initialize(**settings)
+    _joining.set()
+    try:
+        jax.distributed.initialize(**settings)
+    except (OSError, RuntimeError, ValueError) as error:
+        message = " ".join(str(error).split())
+        raise UserError(
+            f"jax.distributed.initialize: {message}; expected variables of a cluster or of cpmjax"
+        ) from error
     if not several():  # a TPU slice of one machine
         yield
         return
@@ -158,6 +167,17 @@ def joined() -> Iterator[None]:
         raise
     _leaving.set()
     jax.distributed.shutdown()  # once all are here
+
+
+def _check_port(address: str) -> None:
+    """Raises UserError if the coordination service could not have its port here; it might crash where it cannot."""
+    port = int(address.rpartition(":")[2])
+    try:
+        socket.create_server(("", port)).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"JAX_COORDINATOR_ADDRESS = {address!r}: expected a free port of this host ({error})"
+        ) from error
 
 
 def _have_last_words(settings: dict[str, Any]) -> None:

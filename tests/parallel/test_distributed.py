@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 import sys
 
+import processes
 import pytest
 
 from cpmjax.parallel import last_words
@@ -20,6 +22,13 @@ SLURM = {
     "SLURM_PROCID": "1",
     "SLURM_LOCALID": "0",
 }
+ASK = """
+from cpmjax.parallel import distributed
+def job(argv):
+    with distributed.joined():
+        pass
+distributed.main(job)
+"""
 TPU = {"TPU_ML_PLATFORM": "JAX"}
 
 
@@ -78,6 +87,18 @@ def test_variables_that_say_nothing_are_refused(changed, message):
     named = {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}
     with pytest.raises(UserError, match=message):
         cluster({key: value for key, value in (named | changed).items() if value is not None})
+
+
+def test_a_port_that_another_one_has_is_one_line():
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        named = processes.named(2)[0] | {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{taken.getsockname()[1]}"}
+        with processes.started(["-c", ASK], [named]) as started:
+            ((code, stderr),) = processes.ends(started)
+    assert code == 2, stderr
+    assert "Traceback" not in stderr
+    assert stderr.startswith("error: JAX_COORDINATOR_ADDRESS = '127.0.0.1:") and "a free port of this host" in stderr
 
 
 def reader(text: str) -> str:
