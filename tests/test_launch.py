@@ -66,10 +66,12 @@ def programs(tmp_path: Path) -> dict[str, str]:
     return processes.environment() | found | {"PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}"}
 
 
-def endless(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """More steps than a test waits for."""
     return jobs.experiment(
-        tmp_path,
-        "run",
+        jobs.shared_folder(tmp_path_factory),
+        "launched",
         schedule={"type": "wsd", "warmup": 5, "stable": 100_000, "decay": 7},
         evaluation={"every": 1000, "prompts": []},
     )
@@ -93,12 +95,12 @@ def stopped(job: subprocess.Popen[str], run: Path, stop: Callable[[], None]) -> 
 
 
 @pytest.mark.slow
-def test_a_list_of_hosts(tmp_path: Path, programs: dict[str, str]):
-    hosts, run = tmp_path / "list", tmp_path / "run"
+def test_a_list_of_hosts(tmp_path: Path, programs: dict[str, str], endless: Path):
+    hosts, run = tmp_path / "list", tmp_path / "the run"
     hosts.write_text("# the first one coordinates\n\nsomebody@localhost\nlocalhost  # the other\n")
     programs["PORT"] = str(processes.free_port())
     # The space has to pass two shells.
-    job = launch("hosts.sh", hosts, endless(tmp_path), "--data.corpora.words.glob=[0 1]*.txt", environment=programs)
+    job = launch("hosts.sh", hosts, endless, f"--run.directory={run}", environment=programs)
     code, stderr = stopped(job, run, lambda: job.send_signal(signal.SIGTERM))
     assert code == 75, stderr
     assert f"SIGTERM: saved step {jobs.steps_of(run)[-1]} of " in stderr
@@ -106,12 +108,12 @@ def test_a_list_of_hosts(tmp_path: Path, programs: dict[str, str]):
 
 
 @pytest.mark.slow
-def test_slurm(tmp_path: Path, programs: dict[str, str]):
+def test_slurm(tmp_path: Path, programs: dict[str, str], endless: Path):
     # JAX makes the port of the number of the job.
     number = processes.free_port() % 4096
     programs |= {"SLURM_JOB_ID": str(number), "NODES": "localhost,other[1-3]"}
     run = tmp_path / "run"
-    job = launch("slurm.sh", endless(tmp_path), environment=programs)
+    job = launch("slurm.sh", endless, f"--run.directory={run}", environment=programs)
 
     def stop() -> None:
         os.kill(int((tmp_path / "task1").read_text()), signal.SIGTERM)

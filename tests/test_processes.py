@@ -96,7 +96,7 @@ def test_stopped_killed_and_gone_on_with_other_numbers_of_processes_and_meshes(f
         before, lines = jobs.steps_of(run), jobs.lines_of(run)
         command = [*TRAIN, endless, f"--run.directory={run}", accept, *mesh]
         with processes.started(command, processes.named(count), devices) as started:
-            processes.wait_until(lambda: jobs.lines_of(run) >= lines + 12, started)
+            processes.wait_until(lambda: jobs.lines_of(run) >= lines + 11, started)
             started[victim].send_signal(number)
             found = processes.ends(started)
         assert set(before) < set(jobs.steps_of(run))
