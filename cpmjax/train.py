@@ -6,6 +6,9 @@ A run directory that exists already is continued from its newest checkpoint. Wit
 (or a YAML that says so) the run starts from step N of another one, with its settings, moments and place in the data,
 and its decay begins there. Once training has begun, SIGTERM or Ctrl-C saves a checkpoint and exits with code 75: the
 same command goes on.
+
+On several hosts the same command runs on each, with the run directory on a disk that all of them share: SLURM and TPU
+slices say who they are, elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID do.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import contextlib
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -24,15 +28,17 @@ from cpmjax.data.tokenizer import Tokenizer
 from cpmjax.model import mup
 from cpmjax.model.parameters import count
 from cpmjax.model.presets import PRESETS
-from cpmjax.parallel import compiled, costs
+from cpmjax.parallel import compiled, costs, distributed
 from cpmjax.parallel.mesh import make_mesh
 from cpmjax.run import cli
 from cpmjax.run.config import Config
 from cpmjax.run.directory import RunDirectory
-from cpmjax.run.interrupt import SAVED_AND_STOPPED, StopRequest
+from cpmjax.run.errors import UserError
+from cpmjax.run.identity import encode
+from cpmjax.run.interrupt import SAVED_AND_STOPPED
 from cpmjax.sampling.prompts import Prompts
 from cpmjax.training.evaluation import HeldOut
-from cpmjax.training.log import Log
+from cpmjax.training.log import Log, NoLog
 from cpmjax.training.metrics import Throughput
 from cpmjax.training.optimizer import make_optimizer
 from cpmjax.training.origin import Origin, new_origin, starting_state
@@ -51,7 +57,8 @@ _SECONDS_BETWEEN_PLOTS = 20.0
 def main(argv: list[str]) -> int:
     config = cli.load(argv, PRESETS, __doc__ or "")
     directory = RunDirectory(config.run.directory)
-    with directory.lock():
+    with distributed.joined(), directory.lock() if distributed.is_first() else contextlib.nullcontext():
+        distributed.check_same(encode(config))
         return train(config, directory)
 
 
@@ -62,17 +69,18 @@ def train(config: Config, directory: RunDirectory) -> int:
     compiled.keep_compiled(cache)
 
     # ---- a run to continue, or a new one -------------------------------------------------------------------------
-    resumes = directory.exists
-    if resumes:
-        for key, (old, new) in directory.check_resume(config).items():
-            _say(f"changed: {key}: {old} -> {new}")
-    origin = Origin.read(directory.provenance()) if resumes else new_origin(config)
+    found = distributed.first(lambda: _resumed(config, directory))
+    resumes = found is not None
+    origin = Origin.read(found) if found is not None else new_origin(config)
     timeline = Timeline(config, origin)
 
     # ---- text ----------------------------------------------------------------------------------------------------
-    tokenizer = _tokenizer(config, directory, origin)
-    stores = open_stores(config, tokenizer, _say, origin.provenance.get("stores", {}))
-    provenance = origin.provenance | {"stores": {name: store.key for name, store in stores.items()}}
+    with distributed.first_ahead():
+        tokenizer = _tokenizer(config, directory, origin, resumes)
+        stores = open_stores(config, tokenizer, _say, origin.provenance.get("stores", {}))
+    keys = {name: store.key for name, store in stores.items()}
+    distributed.check_same({"text": keys})
+    provenance = origin.provenance | {"stores": keys}
     order = segments(timeline.schedule, config.data, config.batches, origin.step, origin.position)
     text = Text(config, stores, make_mixture(config, stores, order, timeline.position(timeline.total)))
 
@@ -93,21 +101,27 @@ def train(config: Config, directory: RunDirectory) -> int:
             programs[rows] = lower_step(config.of_batch(rows), optimizer, abstract, by_row).compile()
             took = f"compiled in {time.perf_counter() - compile_began:.1f} s"
             _say(f"{rows} rows a step: {took} for {mesh.size} x {mesh.devices.flat[0]}")
-            _say(compiled.describe(compiled.memory(programs[rows]), compiled.device_memory(mesh.devices.flat[0])))
+            _say(compiled.describe(compiled.memory(programs[rows]), compiled.device_memory(jax.local_devices()[0])))
             _say(costs.describe(programs[rows], mesh))
 
         # ---- where it stands: nothing was written to the run before all of the above had worked ------------------
-        if not resumes:
+        first = distributed.is_first()  # others read what it writes, and are silent
+        if first and not resumes:
             tokenizer.save(directory.path)
             directory.create(config, provenance)
-        elif "stores" not in origin.provenance:  # an older run, or one whose data section was changed
+        elif first and "stores" not in origin.provenance:  # an older run, or one whose data section was changed
             directory.write_provenance(provenance)
+        distributed.follow_first()
+        if not directory.exists:
+            raise UserError(f"{directory.path} of process 0 is not there; expected a folder that all hosts share")
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(directory.checkpoints, config.checkpoint)))
+        distributed.check_same({"checkpoints": checkpoints.steps()})
         start, state = starting_state(config, origin, checkpoints, optimizer, abstract)
         if start >= timeline.total:
             _say(f"{directory.path} is complete: step {start} of {timeline.total}")
-            draw_curves(directory, timeline)
-            _say(last_screen(directory, timeline, checkpoints.steps()))
+            if first:
+                draw_curves(directory, timeline)
+                _say(last_screen(directory, timeline, checkpoints.steps()))
             return 0
         evaluate = HeldOut(config, text.held_out, tokenizer, by_row)
         prompts = Prompts(config, tokenizer, by_row)
@@ -129,10 +143,10 @@ def train(config: Config, directory: RunDirectory) -> int:
         # ---- the loop --------------------------------------------------------------------------------------------
         drawn = time.monotonic()
         with (
-            contextlib.closing(Log(directory, config, start, timeline.total)) as log,
-            StopRequest() as stop,
+            contextlib.closing(Log(directory, config, start, timeline.total) if first else NoLog()) as log,
+            distributed.AgreedStop() as stop,
             Loader(text.batches, timeline.batches(start), by_row) as loader,
-            Profile(directory.profile, config.log.profiled, throughput) as profile,
+            Profile(directory.profile, config.log.profiled if first else range(0), throughput) as profile,
         ):
             throughput.start(lambda: loader.waited)
             recorder = Recorder(log, timeline, throughput, start, int(state.skipped), checkpoints.newest)
@@ -145,16 +159,16 @@ def train(config: Config, directory: RunDirectory) -> int:
                 if timeline.evaluates(step):
                     jax.block_until_ready(metrics)
                     with throughput.paused("evaluation"):
-                        found = evaluate(state.trainable)
+                        losses = evaluate(state.trainable)
                         if (average := averaged_parameters(state)) is not None:
-                            found |= {f"average/{name}": value for name, value in evaluate(average).items()}
-                    recorder.flush(found)
+                            losses |= {f"average/{name}": value for name, value in evaluate(average).items()}
+                    recorder.flush(losses)
                     with throughput.paused("evaluation"):
                         log.write_samples(prompts(at_rest(config.model, state.trainable), step))
-                        if time.monotonic() - drawn > _SECONDS_BETWEEN_PLOTS:
+                        if first and time.monotonic() - drawn > _SECONDS_BETWEEN_PLOTS:
                             draw_curves(directory, timeline)
                             drawn = time.monotonic()
-                stopping = stop.received is not None
+                stopping = stop.granted()
                 if timeline.saves(step) or stopping:
                     recorder.flush()  # what is left of the step is no saving
                     with throughput.paused("saving"):
@@ -166,17 +180,28 @@ def train(config: Config, directory: RunDirectory) -> int:
                 checkpoints.wait()
             saved = checkpoints.steps()
             _say(throughput.summary(step - start, timeline.tokens(step) - timeline.tokens(start)))
-        draw_curves(directory, timeline)
+        if first:
+            draw_curves(directory, timeline)
     if step < timeline.total:
         _say(f"{stop.received}: saved step {step} of {timeline.total}; the same command goes on from there")
         return SAVED_AND_STOPPED
-    _say(last_screen(directory, timeline, saved))
+    if first:
+        _say(last_screen(directory, timeline, saved))
     return 0
 
 
-def _tokenizer(config: Config, directory: RunDirectory, origin: Origin) -> Tokenizer:
+def _resumed(config: Config, directory: RunDirectory) -> dict[str, Any] | None:
+    """The provenance of the run that is there, which now has this configuration; None if there is none."""
+    if not directory.exists:
+        return None
+    for key, (old, new) in directory.check_resume(config).items():
+        _say(f"changed: {key}: {old} -> {new}")
+    return directory.provenance()
+
+
+def _tokenizer(config: Config, directory: RunDirectory, origin: Origin, resumes: bool) -> Tokenizer:
     """The run's own, its parent's, or the one the configuration asks for."""
-    if directory.exists:
+    if resumes:
         return Tokenizer.load(directory.tokenizer_file)
     if origin.parent is not None:
         return Tokenizer.load(origin.parent.tokenizer_file)
@@ -184,8 +209,9 @@ def _tokenizer(config: Config, directory: RunDirectory, origin: Origin) -> Token
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if distributed.is_first():
+        print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    cli.main(main)
+    distributed.main(main)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterable
 from types import FrameType
+from typing import Self
 
 SAVED_AND_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again to go on
 
 
 class StopRequest:
-    """In a `with`, the first SIGTERM or SIGINT sets `received`; a second one ends the process at once."""
+    """In a `with`, the first of the signals sets `received`; a second one ends the process at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, signals: Iterable[signal.Signals] = (signal.SIGTERM, signal.SIGINT)) -> None:
         self.received: str | None = None  # the signal's name
+        self._signals = tuple(signals)
 
-    def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._receive) for number in self._signals}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -18,6 +18,7 @@ from cpmjax.model import cache as caches
 from cpmjax.model.attention import CHUNK
 from cpmjax.model.linear import FEW
 from cpmjax.model.transformer import MiniCPM
+from cpmjax.parallel.distributed import fetch
 from cpmjax.parallel.sharding import RULES
 from cpmjax.run.errors import UserError
 from cpmjax.sampling.beam import BeamRequest, search, spread
@@ -179,7 +180,7 @@ class Sampler:
         state, request, _ = self._begin(asked, [(0, 0)], top=0, score=False)
         while row.finish_reason is None:
             state = self._decode(state, request, _CHUNK)
-            tokens, count, ended = np.asarray(state.tokens_BT), int(state.generated_B[0]), bool(state.ended_B[0])
+            tokens, count, ended = fetch(state.tokens_BT), fetch(state.generated_B)[0], fetch(state.ended_B)[0]
             if text := row.push(tokens[0, :count].tolist(), ended):
                 yield text
 
@@ -193,14 +194,16 @@ class Sampler:
         while not ended_B.all():
             steps = _CHUNK if stop else state.tokens_BT.shape[1]
             state = self._decode(state, request, steps)
-            tokens_BT, count_B, ended_B = map(np.array, (state.tokens_BT, state.generated_B, state.ended_B))
+            tokens_BT, count_B, ended_B = (
+                np.array(fetch(x)) for x in (state.tokens_BT, state.generated_B, state.ended_B)
+            )
             for index, result in enumerate(results):
                 result.push(tokens_BT[index, : count_B[index]].tolist(), ended_B[index])
                 ended_B[index] |= result.finish_reason is not None
             if stop:
                 state = state._replace(ended_B=jax.device_put(ended_B, state.ended_B.sharding))
         logprobs_BT, values_BTC, ids_BTC = map(
-            np.asarray, (state.log_probabilities_BT, state.top_values_BTC, state.top_ids_BTC)
+            fetch, (state.log_probabilities_BT, state.top_values_BTC, state.top_ids_BTC)
         )
         samples = []
         for index, (result, (row, _)) in enumerate(zip(results, rows, strict=True)):
@@ -243,7 +246,7 @@ class Sampler:
             jnp.asarray(asked.stop_ids_RJ[asking]), jnp.asarray(limit_N), jnp.asarray(length_penalty, jnp.float32)
         )
         state = search(self.config, self._weights_for(len(asking) * beams), spread(prefilled, beams=beams), request)
-        score_NW, length_NW, tokens_NWT, logprobs_NWT = map(np.asarray, state.finished)
+        score_NW, length_NW, tokens_NWT, logprobs_NWT = map(fetch, state.finished)
 
         def sample(index: int, beam: int) -> Sample:
             count, result = length_NW[index, beam], _Row(asked, rows[index], self.tokenizer, ())
@@ -303,7 +306,7 @@ class Sampler:
         limit_B = np.where(np.arange(len(asking)) < len(rows), asked.limit_R[asking], 0).astype(np.int32)
         options = options._replace(seed_B=options.seed_B + sample_B)
         request = Request(options, jnp.asarray(asked.stop_ids_RJ[asking]), jnp.asarray(limit_B))
-        scores = None if scores_BP is None else dict(zip(chosen, np.asarray(scores_BP), strict=False))
+        scores = None if scores_BP is None else dict(zip(chosen, fetch(scores_BP), strict=False))
         return state, request, scores
 
     def _rows_that_fit(self, asked: Asked, copies: int = 1) -> int:
@@ -319,7 +322,7 @@ class Sampler:
         scores = 8 * config.heads * min(prompt, CHUNK) * prompt  # of one chunk, before and after the softmax
         activations = self._weights.final_norm.dtype.itemsize * prompt * (3 * config.feed_forward + 12 * config.width)
         row = copies * cache + 32 * config.vocabulary + scores + activations
-        device = next(iter(self._weights.final_norm.devices()))
+        device = self._weights.final_norm.addressable_shards[0].device
         memory = (device.memory_stats() or {}).get("bytes_limit", 0) if device.platform != "cpu" else 0
         memory = memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         fit = max(1, int(_SHARE * memory / row))

@@ -14,6 +14,7 @@ from cpmjax.data.batches import Rows, held_out_batches
 from cpmjax.data.tokenizer import Tokenizer
 from cpmjax.model.mup import Multipliers
 from cpmjax.model.parameters import Tree
+from cpmjax.parallel import distributed
 from cpmjax.run.config import Config
 from cpmjax.training.step import make_evaluation
 
@@ -26,7 +27,7 @@ class HeldOut:
         self._evaluate = jax.jit(make_evaluation(config.model, config.compute))
         self._byte_lengths = jnp.asarray(tokenizer.byte_lengths(), jnp.float32)
         size, limit = config.training.batch_size // config.training.accumulation, config.evaluation.rows
-        place = partial(jax.device_put, device=sharding)
+        place = partial(jax.tree.map, partial(distributed.place, sharding=sharding))
         self._batches = {
             name: [place(batch) for batch in held_out_batches(corpus, limit, size)] for name, corpus in rows.items()
         }

@@ -92,6 +92,28 @@ class Log:
         return f"{minutes}:{seconds:02d}"
 
 
+class NoLog(Log):
+    """That of a process which leaves it to another one."""
+
+    def __init__(self) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def write(self, record: dict[str, Any]) -> None:
+        pass
+
+    def write_samples(self, samples: list[dict[str, Any]]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def _wandb_run(directory: RunDirectory, config: Config) -> Any:
     try:
         wandb = importlib.import_module("wandb")
