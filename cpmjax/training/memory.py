@@ -16,7 +16,7 @@ from cpmjax.run.config import Config
 from cpmjax.run.optimizers import Adafactor, AdamW
 from cpmjax.training.padding import unpadded
 from cpmjax.training.state import TrainState
-from cpmjax.training.step import abstract_batch, next_token_loss
+from cpmjax.training.step import abstract_batch, batch_sharding, next_token_loss
 
 
 class Held(NamedTuple):
@@ -59,21 +59,19 @@ def kept_for_backward(config: Config, parameters: Tree, mesh: Mesh) -> int:
 
     Found as what more rows would add. That heads or feed-forward are split over `tensor` is not counted.
     """
-    training = config.training
-    loss = next_token_loss(config.model, config.compute, training.z_loss)
-    rows = math.prod(mesh.shape[axis] for axis in RULES["rows"])
-    by_row = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(RULES["rows"], RULES["length"]))
-
+    training, by_row = config.training, batch_sharding(mesh, config)
     true = jax.eval_shape(lambda tree: unpadded(config.model, tree), parameters)
 
     def kept(times: int) -> int:
-        each = replace(config, training=replace(training, batch_size=times * rows, accumulation=1, batch_warmup=()))
-        batch = abstract_batch(each, by_row)
+        rows = times * training.batch_size // training.accumulation
+        # As many positions in a chunk of logits, however many rows there are.
+        compute = replace(config.compute, loss_chunk=times * config.compute.loss_chunk)
+        loss = next_token_loss(config.model, compute, training.z_loss)
+        batch = abstract_batch(config.of_batch(rows), by_row)
         residuals = jax.eval_shape(lambda p, b: jax.vjp(lambda p: loss(p, b), p, has_aux=True)[1], true, batch)
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals))
 
-    of_a_row = (kept(2) - kept(1)) // mesh.size
-    return of_a_row * (training.batch_size // training.accumulation // rows)
+    return (kept(2) - kept(1)) // mesh.size
 
 
 def remedies(config: Config, abstract: TrainState, held: Held, mesh: Mesh) -> list[tuple[str, float]]:

@@ -75,6 +75,7 @@ def test_a_loop_of_unknown_length_is_refused_by_name_if_it_costs_anything():
     with pytest.raises(UserError, match=r"the loop while[.\w]* does not say how often it turns"):
         flops(until_large(lambda z, y: z @ y), MATRIX, MATRIX)
     assert flops(until_large(lambda z, y: z + y), MATRIX, MATRIX) == 0
+    assert read(text_of(until_large(lambda z, y: z @ y), MATRIX, MATRIX), {}, turns=3).flops == 3 * PRODUCT
 
 
 # In the forms of other compilers: a TPU's product of 3 pairs of matrices, a collective that is started and awaited,
@@ -98,6 +99,73 @@ def test_forms_of_other_compilers():
     assert found.flops == 3 * 2 * 16 * 8 * 8
     assert found.opaque == ("tpu_custom_call",)
     assert found.collectives == (Collective("all-gather", ("fsdp",), 1, 3 * 3 * 8 * 8 * 2),)
+
+
+# A TPU's compiler names one collective in each fusion of a chain; a kernel it calls by its name.
+CHAIN = """HloModule chain
+
+%begins (a.1: bf16[8,8]) -> bf16[16,8] {
+  %a.1 = bf16[8,8]{1,0} parameter(0)
+  %gather.1 = bf16[16,8]{1,0} all-gather(%a.1), replica_groups={{0,1}}, dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %start = bf16[16,8]{1,0} custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%goes_on (a.2: bf16[8,8]) -> bf16[16,8] {
+  %a.2 = bf16[8,8]{1,0} parameter(0)
+  %gather.2 = bf16[16,8]{1,0} all-gather(%a.2), replica_groups={{0,1}}, dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %done = bf16[16,8]{1,0} custom-call(%gather.2), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (a: bf16[8,8], b: s8[1,4,4], q: bf16[2,3,1024,64]) -> bf16[16,8] {
+  %a = bf16[8,8]{1,0} parameter(0)
+  %b = s8[1,4,4]{2,1,0} parameter(1)
+  %q = bf16[2,3,1024,64]{3,2,1,0} parameter(2)
+  %splash_mha_fwd_segmented.1 = bf16[2,3,1024,64]{3,2,1,0} custom-call(%b, %b, %q, %q, %q), custom_call_target="tpu_custom_call"
+  %one = bf16[16,8]{1,0:T(8,128)S(1)} fusion(%a), kind=kCustom, calls=%begins
+  ROOT %two = bf16[16,8]{1,0} fusion(%a), kind=kCustom, calls=%goes_on
+}
+"""  # noqa: E501
+
+
+def test_a_chain_counts_once_and_a_kernel_by_the_blocks_that_it_goes_through():
+    found = read(CHAIN, {"fsdp": 2})
+    assert found.collectives == (Collective("all-gather", ("fsdp",), 1, 8 * 8 * 2),)
+    assert found.opaque == ()
+    # Scores and what they mix, for 2 rows of 3 heads: of 16 pairs of blocks 10 are not in the future.
+    assert found.flops == 2 * (2 * 2 * 3 * 1024 * 1024 * 64) * 10 // 16
+    # The kernel's operands and result; of the fusions what is read, and what is written to memory, not to the chip.
+    queries = 2 * 3 * 1024 * 64 * 2
+    assert found.moved == (2 * 16 + 3 * queries) + queries + 2 * 8 * 8 * 2 + 16 * 8 * 2
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_traffic_of_slices_and_updates_is_theirs_alone():
+    stack, row = jax.ShapeDtypeStruct((100, 64), jnp.float32), jax.ShapeDtypeStruct((64,), jnp.float32)
+
+    def update(stack, row, index):
+        return jax.lax.dynamic_update_index_in_dim(stack, row + jax.lax.dynamic_index_in_dim(stack, index)[0], index, 0)
+
+    program = jax.jit(update, donate_argnums=0).lower(stack, row, 3).compile()
+    assert read(program.as_text(), {}).moved < 10 * 64 * 4 < 100 * 64 * 4
+
+
+@pytest.mark.parametrize("remat", ["none", "block"])
+def test_traffic_is_what_the_compiler_counts_where_there_are_no_loops(remat):
+    def moved(unroll: int):
+        state, batch, loss, _ = training(ComputeConfig(remat=remat, unroll=unroll), ROWS)
+        program = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(state.trainable, batch).compile()
+        analysis = program.cost_analysis()
+        analysis = analysis[0] if isinstance(analysis, list) else analysis  # of jax 0.10
+        return read(program.as_text(), {}).moved, analysis["bytes accessed"]
+
+    unrolled, expected = moved(unroll=3)
+    assert unrolled == pytest.approx(expected, rel=0.02)
+    scanned, without_turns = moved(unroll=1)
+    # Stacks are written and read beside, which a model without loops does not have; without its turns it is too little.
+    assert 0.9 * expected < scanned < 1.5 * expected
+    assert without_turns < 0.7 * expected
 
 
 # ---- a training step -------------------------------------------------------------------------------------------------
