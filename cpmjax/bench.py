@@ -6,12 +6,15 @@ usage: python -m cpmjax.bench train   [--experiment YAML] [--steps N] [--shapes 
        python -m cpmjax.bench convert [--folder F] [--preset NAME] [--rounds N] [--mutants N] [--output FILE.json]
        python -m cpmjax.bench sample  [--folder F] [--shapes NAME...] [--sampling NAME...] [--rounds N] [--rows N]
                                       [--output FILE.json]
+       python -m cpmjax.bench scale   [--topologies NAME...] [--folder F] [--rounds N] [--plot FILE.png]
+                                      [--table FILE.md] [--output FILE.json]
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import itertools
 import json
 import os
@@ -48,6 +51,7 @@ from cpmjax.training.step import Rates, abstract_batch, make_step, next_token_lo
 
 _EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 _SHALLOW, _DEEP = 4, 40  # layers
+_SLICES = ["v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16"]  # 8 to 256 chips
 _PATIENCE = 600.0  # seconds without a line of metrics after which a run is given up
 
 
@@ -301,6 +305,25 @@ def bench_sample(arguments: argparse.Namespace) -> None:
     report("sample", arguments, speed + invariance, versions=versions("torch", "transformers", "xllamacpp"))
 
 
+def bench_scale(arguments: argparse.Namespace) -> None:
+    """Plans where libtpu is installed, checkpoints, and the accelerators of this machine where it has any."""
+    if arguments.rounds < 1:
+        raise UserError(f"--rounds = {arguments.rounds}: expected at least 1")
+    found: list[Measurement] = []
+    if importlib.util.find_spec("libtpu") is None:
+        print("no plans: libtpu is not installed (pip install 'cpmjax[tpu]')", file=sys.stderr)
+    else:
+        files = [f"--{name}={getattr(arguments, name)}" for name in ("plot", "table") if getattr(arguments, name)]
+        found += measured_by("scaling.py", "--topologies", *arguments.topologies, *files)
+    with tempfile.TemporaryDirectory(prefix="cpmjax-bench-") as name:
+        found += measured_by("checkpoints.py", str(arguments.folder or name), f"--rounds={arguments.rounds}")
+    if jax.default_backend() == "cpu":
+        print("no accelerator here: experiments/benchmarks/accelerator.py is for a machine with one", file=sys.stderr)
+    else:
+        found += measured_by("accelerator.py")
+    report("scale", arguments, found, versions=versions("libtpu"))
+
+
 def main(argv: list[str]) -> None:
     parser = cli.Parser(prog="python -m cpmjax.bench", description="The project's own measurements.")
     benchmarks = parser.add_subparsers(title="what there is", metavar="BENCHMARK", required=True)
@@ -340,10 +363,18 @@ def main(argv: list[str]) -> None:
     )
     sample.add_argument("--rows", type=int, default=10_000, help="alone and in company (default: %(default)s)")
     sample.set_defaults(run=bench_sample, rounds=3)
+    scale = benchmarks.add_parser(
+        "scale", help="MiniCPM-2B planned on 8 to 256 chips, a checkpoint of 1 GB beside cp, accelerators that are here"
+    )
+    scale.add_argument("--topologies", nargs="+", default=_SLICES, help="to plan for (default: %(default)s)")
+    scale.add_argument("--folder", type=Path, help="where checkpoints are written (default: a temporary one)")
+    scale.add_argument("--plot", type=Path, help="a picture of what chips send")
+    scale.add_argument("--table", type=Path, help="a Markdown file for the plans")
+    scale.set_defaults(run=bench_scale, rounds=3)
     for each in (train, studies):
         default = each.get_default("experiment")
         each.add_argument("--experiment", type=Path, default=default, help="what is run (default: %(default)s)")
-    for each in (train, studies, convert, sample):
+    for each in (train, studies, convert, sample, scale):
         rounds = each.get_default("rounds")
         each.add_argument("--rounds", type=int, default=rounds, help="how often (default: %(default)s)")
         each.add_argument("--output", type=Path, help="a JSON file for the results")

@@ -5,7 +5,7 @@ usage: python -m cpmjax.plan EXPERIMENT.yaml --topology NAME [--flag=value ...] 
 Compiles the real training step for a machine that is not here, and says what it takes of each device: memory by kind,
 FLOPs, traffic and collectives, all with the turns of their loops, and how long a step takes at best by the data sheet
 of the chip. NAME is a slice of TPUs (v4, v5e, v5p, v6e, as in v5e:4x4), whose compiler comes with libtpu (pip install
-'cpmjax[plan]'), or a host of GPUs (a100, h100, h200, rtx4090, as in h100:8) or of CPU devices (cpu:8), for which the
+'cpmjax[tpu]'), or a host of GPUs (a100, h100, h200, rtx4090, as in h100:8) or of CPU devices (cpu:8), for which the
 compiler of this machine stands in: memory and collectives are estimates then, and bfloat16 takes what float32 does.
 With --sample it is not a training step but sampling. Nothing is written. The exit code is 1 if it does not fit.
 """

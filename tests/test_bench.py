@@ -71,6 +71,36 @@ def test_train_measures_and_reports(tmp_path, capsys, monkeypatch):
     assert str(report["machine"]) in shown
 
 
+def test_scale_asks_its_scripts(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def measured_by(*arguments: str) -> list[bench.Measurement]:
+        asked.append(arguments)
+        return [bench.Measurement(arguments[0], "s", [1.0])]
+
+    monkeypatch.setattr(bench, "measured_by", measured_by)
+    output = tmp_path / "results.json"
+    arguments = [f"--output={output}", f"--folder={tmp_path}", "--topologies", "v5e:2x2", f"--plot={tmp_path}/plot.png"]
+    for installed in (True, False):
+        asked.clear()
+        monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name, found=installed: found or None)
+        bench.main(["scale", "--rounds=2", *arguments])
+        plans = [("scaling.py", "--topologies", "v5e:2x2", f"--plot={tmp_path}/plot.png")] if installed else []
+        assert asked == [*plans, ("checkpoints.py", str(tmp_path), "--rounds=2")]
+        assert [each["name"] for each in json.loads(output.read_text())["measurements"]] == [name for name, *_ in asked]
+        assert ("libtpu is not installed" in capsys.readouterr().err) != installed
+
+
+@pytest.mark.slow
+def test_the_script_for_accelerators_runs_on_a_cpu_too(monkeypatch):
+    small = ("--preset=tunnel-9m", "--length=64", "--rows=1", "--steps=1")
+    found = {each.name: each.value for each in bench.measured_by("accelerator.py", *small)}
+    name = "auto attention, 1 rows a device"
+    assert found[f"throughput, {name}"] == pytest.approx(64 / found[f"step, {name}"])
+    assert found[f"memory planned, {name}"] > 12 * 48e6 / 2**30  # the state of 48 M parameters
+    assert found["attention alone, chunked, 1 x 64"] > 0 and "attention alone, splash, 1 x 64" not in found
+
+
 @pytest.mark.slow
 def test_studies_compares_a_sweep_with_a_process_a_trial(tmp_path):
     experiment, output = tunnel_jobs.experiment(tmp_path), tmp_path / "results.json"

@@ -71,7 +71,7 @@ def topology(name: str, slices: int = 1) -> Topology:
 def _tpus(name: str, slices: int) -> Sequence[jax.Device]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            f"--topology = {name!r}: expected libtpu installed, which has the compiler (pip install 'cpmjax[plan]')"
+            f"--topology = {name!r}: expected libtpu installed, which has the compiler (pip install 'cpmjax[tpu]')"
         )
     libtpu.keep_quiet()
     jax.config.update("jax_platforms", "cpu")
