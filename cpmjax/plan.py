@@ -149,7 +149,10 @@ def describe_machine(machine: Topology, mesh: Mesh) -> str:
     kind = f"simulated on {device.device_kind}" if machine.simulated else device.device_kind
     slices = f" in {machine.slices} slices" if machine.slices > 1 else ""
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
-    return f"machine      {machine.name}, {len(machine.devices)} devices{slices} ({kind}); mesh {axes}"
+    line = f"machine      {machine.name}, {len(machine.devices)} devices{slices} ({kind}); mesh {axes}"
+    if machine.simulated and machine.chip is not None:
+        line += "\n             by the compiler for CPUs: no fused attention, bfloat16 in float32, so more memory and traffic"
+    return line
 
 
 def describe_memory(held: memory.Held, used: compiled.Memory) -> str:

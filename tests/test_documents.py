@@ -133,6 +133,16 @@ def test_every_sampling_command_of_the_readme(folder):
 
 
 @pytest.mark.slow
+def test_every_plan_of_the_readme(folder):
+    plans = [shlex.split(command) for command in commands() if "cpmjax.plan" in command]
+    assert len(plans) == 2
+    for words in plans:
+        done = subprocess.run([sys.executable, *words[1:]], cwd=folder, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        assert re.search(r"^FLOPs +\d", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.slow
 def test_every_study_of_the_readme_and_of_the_family(folder):
     """Fewer and smaller trials; what such a short study finds is not asked, but it must come to a verdict."""
     text = (ROOT / "experiments" / "tunnel" / "family.yaml").read_text()
