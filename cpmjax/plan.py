@@ -151,7 +151,7 @@ def describe_machine(machine: Topology, mesh: Mesh) -> str:
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     line = f"machine      {machine.name}, {len(machine.devices)} devices{slices} ({kind}); mesh {axes}"
     if machine.simulated and machine.chip is not None:
-        line += "\n             by the compiler for CPUs: no fused attention, bfloat16 in float32, so more memory and traffic"
+        line += "\n             by the compiler for CPUs: attention not fused, bfloat16 as float32; it takes less there"
     return line
 
 
