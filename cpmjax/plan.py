@@ -172,6 +172,7 @@ def describe_memory(held: memory.Held, used: compiled.Memory) -> str:
         "outputs that reuse nothing": used.outputs,
         "all": used.total,
     }
+    sizes["beside it on its host: optimizer"] = held.on_host
     rows = [("memory of each device", "GiB"), *((kind, f"{size / GIB:.3f}") for kind, size in sizes.items() if size)]
     return aligned(rows)
 

@@ -12,7 +12,7 @@ import jax
 
 from cpmjax.run.errors import UserError
 
-_PINNED = "pinned_host"
+PINNED = "pinned_host"
 
 
 def on_host(abstract: Any) -> Any:
@@ -26,12 +26,12 @@ def on_host(abstract: Any) -> Any:
             return x
         device = x.sharding.mesh.devices.flat[0]
         kinds = {memory.kind for memory in device.addressable_memories()}
-        if _PINNED not in kinds:
+        if PINNED not in kinds:
             raise UserError(
                 f"optimizer.offload = True: {device.device_kind} reaches {', '.join(sorted(kinds))}; "
-                f"expected a device with {_PINNED} memory"
+                f"expected a device with {PINNED} memory"
             )
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind(_PINNED))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind(PINNED))
 
     return jax.tree.map(move, abstract)
 

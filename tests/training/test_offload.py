@@ -121,7 +121,7 @@ def test_all_that_belongs_to_parameters_is_offloaded():
 
 
 def test_a_device_without_such_memory_is_refused(monkeypatch):
-    monkeypatch.setattr(offload, "_PINNED", "elsewhere")
+    monkeypatch.setattr(offload, "PINNED", "elsewhere")
     mesh, optimizer = make_mesh(MeshConfig(), jax.devices()[:1]), make_optimizer(MODEL, AdamW())
     with pytest.raises(
         UserError, match=r"^optimizer\.offload = True: cpu reaches .*; expected a device with elsewhere"
