@@ -81,7 +81,13 @@ def compile_step(config: Config, mesh: Mesh) -> Step:
     """Under `jax.set_mesh`. Raises UserError where the mesh does not divide what it splits."""
     by_row = batch_sharding(mesh, config)
     optimizer = make_optimizer(config.model, config.optimizer)
-    abstract = abstract_state(config.model, optimizer, mesh, averaged=config.training.ema is not None)
+    abstract = abstract_state(
+        config.model,
+        optimizer,
+        mesh,
+        averaged=config.training.ema is not None,
+        offload=config.optimizer.offload,
+    )
     began = time.perf_counter()
     program = lower_step(config, optimizer, abstract, by_row).compile()
     seconds = time.perf_counter() - began
@@ -169,6 +175,7 @@ def describe_memory(held: memory.Held, used: compiled.Memory) -> str:
         "outputs that reuse nothing": used.outputs,
         "all": used.total,
     }
+    sizes["beside it on its host: optimizer"] = held.on_host
     rows = [("memory of each device", "GiB"), *((kind, f"{size / GIB:.3f}") for kind, size in sizes.items() if size)]
     return aligned(rows)
 

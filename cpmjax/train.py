@@ -94,7 +94,13 @@ def train(config: Config, directory: RunDirectory) -> int:
     _say(text.describe(origin.position, timeline.stage_ends()))
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        abstract = abstract_state(config.model, optimizer, mesh, averaged=config.training.ema is not None)
+        abstract = abstract_state(
+            config.model,
+            optimizer,
+            mesh,
+            averaged=config.training.ema is not None,
+            offload=config.optimizer.offload,
+        )
         programs: dict[int, jax.stages.Compiled] = {}
         for rows in timeline.batch_sizes():  # one program each: what it takes is known before the first step
             compile_began = time.perf_counter()

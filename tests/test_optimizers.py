@@ -24,6 +24,7 @@ RUNS = {
         "checkpoint": {"every": 1},
     },
     "schedule_free": {"optimizer": {"type": "schedule_free"}},
+    "offloaded": {"optimizer": {"type": "adamw", "state_dtype": "int8", "offload": True}, "training": {"ema": 0.9}},
     "plain": {},
 }
 
@@ -40,7 +41,7 @@ def runs(folder: Path) -> dict[str, Path]:
     return {name: folder / f"optimizers_{name}" for name in RUNS}
 
 
-@pytest.mark.parametrize("name", ["muon", "schedule_free"])
+@pytest.mark.parametrize("name", ["muon", "schedule_free", "offloaded"])
 def test_a_killed_run_ends_as_one_that_was_not(folder: Path, runs: dict[str, Path], name: str) -> None:
     run = folder / f"optimizers_{name}_killed"
     arguments = (folder / f"optimizers_{name}.yaml", f"--run.directory={run}")

@@ -71,6 +71,14 @@ def owner(path: tuple[Any, ...]) -> str:
     return path_name(tuple(reversed([*keys])))
 
 
+def axes_of(spec: ParamSpec, shape: tuple[int, ...]) -> tuple[str | None, ...] | None:
+    """Of what belongs to a parameter: the logical axes if it has its shape, or one entry for each of its rows (those
+    along the last axis); None of any other."""
+    if shape == spec.shape:
+        return spec.axes
+    return (*spec.axes[:-1], None) if shape == (*spec.shape[:-1], 1) else None
+
+
 def flat(tree: Tree) -> dict[str, Any]:
     """{"layers/query": leaf, ...}"""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

@@ -57,7 +57,7 @@ def at_rest(mesh: Mesh, axes: Axes, shape: Sequence[int]) -> NamedSharding:
     """Where an array lives whose vocabulary the mesh does not divide, in its true shape: the vocabulary stays whole,
     and what would split it splits the width instead, beside what does already, if it divides that, too."""
     width = RULES["width"] + RULES["vocabulary"]
-    if shape[axes.index("width")] % math.prod(mesh.shape[axis] for axis in width):
+    if "width" not in axes or shape[axes.index("width")] % math.prod(mesh.shape[axis] for axis in width):
         width = RULES["width"]
     return NamedSharding(mesh, PartitionSpec(*(width if axis == "width" else None for axis in axes)))
 

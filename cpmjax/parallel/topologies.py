@@ -7,7 +7,7 @@ import importlib.util
 import math
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -77,8 +77,10 @@ def _tpus(name: str, slices: int) -> Sequence[jax.Device]:
     jax.config.update("jax_platforms", "cpu")
     try:
         # A runtime for several slices is told of them; one is the default.
-        several = {"num_slices": slices} if slices > 1 else {}
-        return topologies.get_topology_desc(name, "tpu", **several).devices
+        options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+        if set(re.findall(r"\d+", name.partition(":")[2])) == {"1"}:  # a single chip, which is less than a host has
+            options["chips_per_host_bounds"] = (1, 1, 1)
+        return topologies.get_topology_desc(name, "tpu", **options).devices
     except Exception as error:  # jax has several for it
         reason = str(error).splitlines()[0][:200]
         raise UserError(

@@ -39,6 +39,7 @@ _YOUNGER: dict[str, Any] = {
     "compute.attention": "auto",
     "data.corpora.*.on_end": "repeat",
     "optimizer.type": "adamw",
+    "optimizer.offload": False,
     "optimizer.state_dtype": "float32",
     "training.batch_warmup": [],
     "training.ema": None,

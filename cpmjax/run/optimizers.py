@@ -26,7 +26,11 @@ class OptimizerConfig(draccus.ChoiceRegistry):
     weight_decay: float = 0.1
     weight_decay_mode: WeightDecayMode = "coupled"  # see cpmjax.model.mup
     clip: float = 1.0  # global norm of the gradient
-    state_dtype: Literal["float32", "bfloat16"] = "float32"  # of moments at rest; see cpmjax.training.rounding
+    state_dtype: Literal["float32", "bfloat16", "int8"] = (
+        "float32"  # of moments at rest: training/{rounding,eight_bits}
+    )
+
+    offload: bool = False  # its state stays in the memory of hosts between updates; see cpmjax.training.offload
 
     def update_size(self, role: str) -> UpdateSize:
         """Of the parameters of a role (`cpmjax.model.parameters.Role`)."""
@@ -86,6 +90,10 @@ class Adafactor(OptimizerConfig):
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from super().problems()
+        if self.state_dtype == "int8":
+            yield "state_dtype", "float32 or bfloat16: means over rows and columns take next to nothing"
+        if self.offload:
+            yield "offload", "False: means over rows and columns take next to nothing"
         if not 0 < self.decay_exponent <= 1:
             yield "decay_exponent", "a number above 0, up to 1"
 

@@ -14,6 +14,7 @@ from cpmjax.parallel.compiled import Memory
 from cpmjax.parallel.sharding import RULES
 from cpmjax.run.config import Config
 from cpmjax.run.optimizers import Adafactor, AdamW
+from cpmjax.training.offload import PINNED
 from cpmjax.training.padding import unpadded
 from cpmjax.training.state import TrainState
 from cpmjax.training.step import abstract_batch, batch_sharding, next_token_loss
@@ -24,6 +25,7 @@ class Held(NamedTuple):
 
     parameters: int
     optimizer: int
+    on_host: int  # of the optimizer as well, but in the memory of the device's host
     average: int
     batch: int
     gradients: int  # of the temporaries: as large as the parameters
@@ -41,6 +43,7 @@ def held(config: Config, abstract: TrainState, batch: Tree, used: Memory, mesh: 
     return Held(
         parameters,
         on_device(abstract.optimizer),
+        on_host(abstract.optimizer),
         on_device(abstract.average),
         on_device(batch),
         parameters,
@@ -51,7 +54,16 @@ def held(config: Config, abstract: TrainState, batch: Tree, used: Memory, mesh: 
 
 def on_device(tree: Any) -> int:
     """Bytes that each device holds of arrays, or of abstract ones, with shardings."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return sum(_part(leaf) for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind != PINNED)
+
+
+def on_host(tree: Any) -> int:
+    """Bytes that each device has in the memory of its host."""
+    return sum(_part(leaf) for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind == PINNED)
+
+
+def _part(leaf: Any) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def kept_for_backward(config: Config, parameters: Tree, mesh: Mesh) -> int:
@@ -96,8 +108,11 @@ def remedies(config: Config, abstract: TrainState, held: Held, mesh: Mesh) -> li
         found[f"twice the devices, --mesh.sequence={2 * mesh.shape['sequence']}"] = held.activations / 2
     if isinstance(config.optimizer, AdamW):
         found["--optimizer.type=adafactor"] = held.optimizer
-    if config.optimizer.state_dtype == "float32" and not isinstance(config.optimizer, Adafactor):
-        found["--optimizer.state_dtype=bfloat16"] = held.optimizer / 2
+    if not isinstance(config.optimizer, Adafactor) and not config.optimizer.offload:
+        found["--optimizer.offload=true"] = held.optimizer
+        if config.optimizer.state_dtype == "float32":
+            found["--optimizer.state_dtype=bfloat16"] = held.optimizer / 2
+            found["--optimizer.state_dtype=int8"] = held.optimizer * 3 / 4
     logits = 3 * 4 * min(config.compute.loss_chunk, per_device * config.data.sequence_length) * config.model.vocabulary
     found[f"--compute.loss_chunk={max(1, config.compute.loss_chunk // 4)}"] = logits * 3 / 4
     return sorted(((key, saved) for key, saved in found.items() if saved > 0), key=lambda item: -item[1])

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax import GradientTransformation as Rule
 from optax import contrib
@@ -18,6 +19,7 @@ from cpmjax.model.mup import LeafScales, Scales, scales
 from cpmjax.model.parameters import Tree, specs
 from cpmjax.run.config import ModelConfig
 from cpmjax.run.optimizers import Adafactor, AdamW, Lion, Muon, OptimizerConfig, ScheduleFree
+from cpmjax.training.eight_bits import at_rest_in_eight_bits
 from cpmjax.training.rounding import at_rest_in_bfloat16
 
 
@@ -72,7 +74,8 @@ RULES: dict[type[OptimizerConfig], Callable[[Any, ModelConfig], Rule]] = {
 def make_optimizer(
     model: ModelConfig, config: OptimizerConfig, given: Scales | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """`update(grads, state, params, learning_rate=, weight_decay=)`, both from `cpmjax.model.mup.per_step`.
+    """`update(grads, state, params, learning_rate=, weight_decay=)`, both from `cpmjax.model.mup.per_step`; also
+    `grad_norm=` where the gradients are only a part of those whose norm is clipped.
 
     `given` replaces the scales of the model's own parametrisation.
     """
@@ -80,11 +83,23 @@ def make_optimizer(
     rule = RULES[type(config)](config, model)
     if config.state_dtype == "bfloat16":
         rule = at_rest_in_bfloat16(rule)
+    elif config.state_dtype == "int8":
+        rule = at_rest_in_eight_bits(rule)
     rule = epsilon_by_class(rule, leaves)
-    clip, by_class = optax.clip_by_global_norm(config.clip), scale_by_class(leaves)
+    clip, by_class = clip_by_global_norm(config.clip), scale_by_class(leaves)
     if isinstance(config, ScheduleFree):
         return optax.chain(clip, averaging(config, optax.chain(rule, by_class)))
     return optax.chain(clip, rule, by_class)
+
+
+def clip_by_global_norm(most: float) -> optax.GradientTransformationExtraArgs:
+    """optax's, told the norm."""
+
+    def update(updates, state, params=None, *, grad_norm=None, **_):
+        norm = optax.global_norm(updates) if grad_norm is None else grad_norm
+        return jax.tree.map(lambda x: jnp.where(norm < most, x, (x / norm) * most), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def epsilon_by_class(rule: Rule, leaves: Tree) -> Rule:

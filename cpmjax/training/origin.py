@@ -15,6 +15,7 @@ from cpmjax.run.config import Config
 from cpmjax.run.directory import RunDirectory
 from cpmjax.run.errors import UserError
 from cpmjax.run.identity import differences, encode, fingerprint
+from cpmjax.run.optimizers import OptimizerConfig
 from cpmjax.training.average import Average, new_average
 from cpmjax.training.padding import abstract_at_rest, from_rest
 from cpmjax.training.state import TrainState, create_state, new_moments
@@ -72,8 +73,8 @@ def new_origin(config: Config) -> Origin:
         stable = ", ".join(str(each) for each, stage in stages.items() if stage in ("stable", "imported")) or "none"
         found = f"is in the stage {stages[step]}" if step in stages else "has no checkpoint"
         raise UserError(f"branch.step = {step} of {parent.path} {found}; expected a stable checkpoint: {stable}")
-    # Moments of one optimizer are nothing to another.
-    moments = store.has_optimizer(step) and type(theirs.optimizer) is type(config.optimizer)
+    # Moments of one optimizer are nothing to another, nor are codes of 8 bits to one that keeps numbers.
+    moments = store.has_optimizer(step) and _stored_alike(theirs.optimizer, config.optimizer)
     rewarmup = config.branch.rewarmup
     if rewarmup is None:
         rewarmup = 0 if moments else _REWARMUP
@@ -87,6 +88,10 @@ def new_origin(config: Config) -> Origin:
         "rewarmup": rewarmup,
     }
     return Origin.read({"kind": "branch", "parent": facts})
+
+
+def _stored_alike(one: OptimizerConfig, other: OptimizerConfig) -> bool:
+    return type(one) is type(other) and (one.state_dtype == "int8") == (other.state_dtype == "int8")
 
 
 def starting_state(

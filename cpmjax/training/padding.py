@@ -16,14 +16,15 @@ from typing import Any
 
 import jax
 
-from cpmjax.model.parameters import ParamSpec, flat, owner, specs
+from cpmjax.model.parameters import axes_of, flat, owner, specs
 from cpmjax.parallel import sharding
 from cpmjax.run.config import ModelConfig
+from cpmjax.training.offload import fetched
 
 
 def unpadded(config: ModelConfig, tree: Any) -> Any:
     """Parameters, or what holds trees of them (a `TrainState`, an optimizer's), at their true sizes. For use in jit."""
-    return _for_padded(config, lambda x, spec: _cut(x, spec.shape), tree)
+    return _for_padded(config, lambda x, _, shape: _cut(x, shape), tree)
 
 
 def padded(tree: Any, like: Any) -> Any:
@@ -34,9 +35,10 @@ def padded(tree: Any, like: Any) -> Any:
 def at_rest(config: ModelConfig, tree: Any) -> Any:
     """The arrays of a tree, at their true sizes and split over the mesh still."""
 
-    def move(x: Any, spec: ParamSpec) -> jax.Array:
-        place = sharding.at_rest(x.sharding.mesh, spec.axes, spec.shape)
-        return jax.jit(_cut, static_argnums=1, out_shardings=place)(x, spec.shape)
+    def move(x: Any, axes: sharding.Axes, shape: tuple[int, ...]) -> jax.Array:
+        place = sharding.at_rest(x.sharding.mesh, axes, shape)
+        cut = jax.jit(lambda x: _cut(fetched(x), shape), out_shardings=place)
+        return cut(x)
 
     return _for_padded(config, move, tree)
 
@@ -44,9 +46,9 @@ def at_rest(config: ModelConfig, tree: Any) -> Any:
 def abstract_at_rest(config: ModelConfig, abstract: Any) -> Any:
     """What `at_rest` makes of arrays like these `jax.ShapeDtypeStruct`s: what a checkpoint is read as."""
 
-    def describe(x: jax.ShapeDtypeStruct, spec: ParamSpec) -> jax.ShapeDtypeStruct:
-        place = sharding.at_rest(x.sharding.mesh, spec.axes, spec.shape)
-        return jax.ShapeDtypeStruct(spec.shape, x.dtype, sharding=place)
+    def describe(x: jax.ShapeDtypeStruct, axes: sharding.Axes, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        place = sharding.at_rest(x.sharding.mesh, axes, shape)
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=place)
 
     return _for_padded(config, describe, abstract)
 
@@ -62,15 +64,20 @@ def from_rest(tree: Any, wanted: Any) -> Any:
     return jax.tree.map(move, tree, wanted)
 
 
-def _for_padded(config: ModelConfig, function: Callable[[Any, ParamSpec], Any], tree: Any) -> Any:
-    """The tree with the function of each leaf that is padded, and of its parameter, in its place."""
+def _for_padded(config: ModelConfig, function: Callable[[Any, sharding.Axes, tuple[int, ...]], Any], tree: Any) -> Any:
+    """The tree with function(leaf, its logical axes, its true shape) in the place of each leaf that is padded."""
     declared = flat(specs(config))
 
     def leaf(path: tuple[Any, ...], x: Any) -> Any:
         spec = declared.get(owner(path))
         if spec is None or "vocabulary" not in spec.axes or x.ndim != len(spec.shape):
             return x
-        return function(x, spec) if x.shape[spec.axes.index("vocabulary")] > config.vocabulary else x
+        place = spec.axes.index("vocabulary")
+        if x.shape[place] <= config.vocabulary:
+            return x
+        shape = (*x.shape[:place], config.vocabulary, *x.shape[place + 1 :])
+        axes = axes_of(spec, shape)
+        return x if axes is None else function(x, axes, shape)
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
 

@@ -10,6 +10,7 @@ schedule-free AdamW and counts stay as they are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,14 +24,12 @@ def at_rest_in_bfloat16(rule: optax.GradientTransformation) -> optax.GradientTra
     """The rule with its state in bfloat16, of the same structure otherwise. The rule counts its updates in int32."""
 
     def init(params: Any) -> Any:
-        return _map_moments(lambda x, _: x.astype(jnp.bfloat16), rule.init(params))
+        return map_moments(lambda x, *_: x.astype(jnp.bfloat16), rule.init(params))
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        wide = _map_moments(lambda x, _: x.astype(jnp.float32), state)
+        wide = map_moments(lambda x, *_: x.astype(jnp.float32), state)
         updates, new = rule.update(grads, wide, params)
-        count = jnp.max(next(x for x in jax.tree.leaves(new) if x.dtype == jnp.int32))  # one a layer, or one
-        key = jax.random.fold_in(jax.random.key(0), count)
-        return updates, _map_moments(lambda x, index: stochastically(x, jax.random.fold_in(key, index)), new)
+        return updates, map_moments(lambda x, _, key: stochastically(x, key), new)
 
     return optax.GradientTransformation(init, update)
 
@@ -42,8 +41,13 @@ def stochastically(x: jax.Array, key: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
-def _map_moments(function: Any, state: Any) -> Any:
-    """function(leaf, its number) on every leaf that belongs to a parameter."""
+def map_moments(function: Callable[[Any, tuple[Any, ...], jax.Array], Any], state: Any) -> Any:
+    """function(leaf, its path, a key of this leaf and update) on every leaf that belongs to a parameter."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(state)
-    changed = [function(leaf, number) if owner(path) else leaf for number, (path, leaf) in enumerate(leaves)]
+    count = jnp.max(next(leaf for _, leaf in leaves if leaf.dtype == jnp.int32))  # one a layer, or one
+    key = jax.random.fold_in(jax.random.key(0), count)
+    changed = [
+        function(leaf, path, jax.random.fold_in(key, number)) if owner(path) else leaf
+        for number, (path, leaf) in enumerate(leaves)
+    ]
     return jax.tree.unflatten(structure, changed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -13,10 +13,11 @@ from optax import contrib
 
 from cpmjax.model.initialise import initialise
 from cpmjax.model.mup import Scales
-from cpmjax.model.parameters import Tree, flat, owner, path_name, specs
+from cpmjax.model.parameters import Tree, axes_of, flat, owner, path_name, specs
 from cpmjax.parallel.sharding import named_sharding, padded_shape
 from cpmjax.run.config import ModelConfig
 from cpmjax.training.average import Average, new_average
+from cpmjax.training.offload import fetched, on_host
 from cpmjax.training.padding import padded, unpadded
 
 
@@ -43,22 +44,30 @@ def parameter_shardings(config: ModelConfig, mesh: Mesh) -> Tree:
 
 
 def abstract_state(
-    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, averaged: bool = False
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    averaged: bool = False,
+    offload: bool = False,
 ) -> TrainState:
     """The state as `jax.ShapeDtypeStruct`s with their shardings: what has the shape of its parameter lives where the
-    parameter does, and every device has the rest, which is small (counts, means over rows or columns)."""
-    declared, shardings = flat(specs(config)), flat(parameter_shardings(config, mesh))
-    replicated = NamedSharding(mesh, PartitionSpec())
+    parameter does, as what has one entry for each of its rows, and every device has the rest, which is small (counts,
+    means over rows or columns). `offload` keeps what the optimizer knows of parameters in the memory of hosts;
+    UserError if the devices know none."""
+    parameter_shardings(config, mesh)  # refuses what the mesh does not divide
+    declared, replicated = flat(specs(config)), NamedSharding(mesh, PartitionSpec())
 
     def place(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
         name = owner(path)
-        if name not in declared or leaf.shape != declared[name].shape:
+        axes = axes_of(declared[name], leaf.shape) if name in declared else None
+        if axes is None:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
-        shape = padded_shape(mesh, declared[name].axes, leaf.shape)
-        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=shardings[name])
+        shape = padded_shape(mesh, axes, leaf.shape)
+        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=named_sharding(mesh, axes, shape, name))
 
     shapes = jax.eval_shape(lambda: initial_state(config, optimizer, jax.random.key(0), averaged=averaged))
-    return jax.tree_util.tree_map_with_path(place, shapes)
+    state = jax.tree_util.tree_map_with_path(place, shapes)
+    return replace(state, optimizer=on_host(state.optimizer)) if offload else state
 
 
 def initialisation(
@@ -114,5 +123,9 @@ def averaged_parameters(state: TrainState) -> Tree | None:
     for part in state.optimizer:
         if isinstance(part, contrib.ScheduleFreeState):
             shardings = jax.tree.map(lambda x: x.sharding, state.trainable)
-            return jax.jit(contrib.schedule_free_eval_params, out_shardings=shardings)(part, state.trainable)
+
+            def find(part: contrib.ScheduleFreeState, parameters: Tree) -> Tree:
+                return contrib.schedule_free_eval_params(fetched(part), parameters)
+
+            return jax.jit(find, out_shardings=shardings)(part, state.trainable)
     return None

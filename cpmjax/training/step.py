@@ -24,8 +24,10 @@ from cpmjax.parallel.sharding import named_sharding
 from cpmjax.run.config import ComputeConfig, Config, ModelConfig
 from cpmjax.training.average import moved
 from cpmjax.training.metrics import norms_by_role
+from cpmjax.training.offload import offloaded
 from cpmjax.training.padding import padded, unpadded
 from cpmjax.training.state import TrainState
+from cpmjax.training.turns import changed_in_turns, norms_in_turns
 
 Batch = dict[str, Any]
 
@@ -94,7 +96,8 @@ def make_step(
 
     The gradient is that of the mean over all weighted tokens of the batch, also when it is accumulated over
     micro-batches. `ema` is that of the state's average, if it has one. A step whose loss, gradient or update is not
-    finite changes nothing but the count `skipped`.
+    finite changes nothing but the count `skipped`. Of a state whose optimizer's part lies in the memory of hosts, the
+    update is made layer by layer (`cpmjax.training.turns`).
     """
     gradient = jax.value_and_grad(loss_function, has_aux=True)
 
@@ -115,28 +118,48 @@ def make_step(
         return jax.lax.scan(add, zero, stacked)[0]
 
     def step(placed: TrainState, batch: Batch, rates: Rates) -> tuple[TrainState, dict[str, jax.Array]]:
-        state = unpadded(config, placed)
-        (_, sums), grads = accumulated(state.trainable, batch)
+        (_, sums), grads = accumulated(unpadded(config, placed.trainable), batch)
         weight = jnp.sum(batch["weights"])
         means = {name: value / weight for name, value in sums.items()}
         grads = jax.tree.map(lambda x: x / weight, grads)
         grad_norm = optax.global_norm(grads)
-        updates, moments = optimizer.update(
-            grads,
-            state.optimizer,
-            state.trainable,
-            learning_rate=rates.learning_rate,
-            weight_decay=rates.weight_decay,
-        )
-        finite = jnp.isfinite(means["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.global_norm(updates))
-        trainable = optax.apply_updates(state.trainable, updates)
-        average = moved(state.average, trainable, ema) if ema is not None and state.average is not None else None
-        new = TrainState(trainable, moments, state.skipped, average)
-        unchanged = replace(state, skipped=state.skipped + 1)
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, unchanged)
+
+        def update(state: TrainState, grads: Tree) -> tuple[Tree, optax.OptState]:
+            return optimizer.update(
+                grads,
+                state.optimizer,
+                state.trainable,
+                learning_rate=rates.learning_rate,
+                weight_decay=rates.weight_decay,
+                grad_norm=grad_norm,
+            )
+
+        def is_finite(updates: Tree) -> jax.Array:
+            return jnp.isfinite(means["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.global_norm(updates))
+
+        def moved_on(state: TrainState, updates: Tree, moments: optax.OptState, finite: jax.Array) -> TrainState:
+            trainable = optax.apply_updates(state.trainable, updates)
+            average = moved(state.average, trainable, ema) if ema is not None and state.average is not None else None
+            new = TrainState(trainable, moments, state.skipped, average)
+            unchanged = replace(state, skipped=state.skipped + 1)
+            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, unchanged)
+
+        if offloaded(placed.optimizer):
+
+            def turn(part: TrainState, slopes: Tree) -> TrainState:
+                state = unpadded(config, part)
+                return padded(moved_on(state, *update(state, slopes), finite), part)
+
+            updates = norms_in_turns(lambda part, slopes: update(unpadded(config, part), slopes)[0], placed, grads)
+            finite = is_finite(updates)
+            new = changed_in_turns(turn, placed, grads)
+        else:
+            state = unpadded(config, placed)
+            updates, moments = update(state, grads)
+            new = padded(moved_on(state, updates, moments, is_finite(updates)), placed)
         metrics = means | {"grad_norm": grad_norm, "skipped": new.skipped.astype(jnp.float32)}
         metrics |= norms_by_role("grad_norm", config, grads) | norms_by_role("update_norm", config, updates)
-        return padded(new, placed), metrics
+        return new, metrics
 
     return step
 

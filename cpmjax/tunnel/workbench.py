@@ -59,7 +59,7 @@ class Program:
         self.by_row = batch_sharding(mesh, config)
         self.evaluate = HeldOut(config, workbench.text(config).held_out, workbench.tokenizer, self.by_row)
         optimizer = make_optimizer(model, config.optimizer)
-        abstract = abstract_state(model, optimizer, mesh)
+        abstract = abstract_state(model, optimizer, mesh, offload=config.optimizer.offload)
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
 
         def step(state: TrainState, batch: Batch, rates: Rates, scales: mup.Scales):
