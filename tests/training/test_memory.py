@@ -72,19 +72,18 @@ def test_activations_kept_are_those_that_the_policy_keeps(mesh):
 
 def test_remedies_name_what_is_left_to_do(mesh):
     abstract = state(CONFIG, mesh)
-    held = memory.Held(10, 20, 0, 1, 10, 8, 5)
+    held = memory.Held(
+        parameters=10, optimizer=20, on_host=0, average=0, batch=1, gradients=10, activations=8, workspace=5
+    )
     with jax.set_mesh(mesh):
         found = dict(memory.remedies(CONFIG, abstract, held, mesh))
         assert found["--optimizer.type=adafactor"] == 20
         assert found["--optimizer.state_dtype=bfloat16"] == 10
+        assert found["--optimizer.offload=true"] == 20
         assert found["twice the devices, --mesh.fsdp=2"] == 20
         assert found["--training.accumulation=2"] == 4
         assert not any("remat" in key for key in found)
         factored = replace(CONFIG, optimizer=Adafactor(), compute=replace(CONFIG.compute, remat="none"))
-        found = dict(memory.remedies(factored, abstract, replace_held(held, activations=10**9), mesh))
+        found = dict(memory.remedies(factored, abstract, held._replace(activations=10**9), mesh))
     assert "--optimizer.type=adafactor" not in found and "--optimizer.state_dtype=bfloat16" not in found
     assert found["--compute.remat=block"] > 0
-
-
-def replace_held(held: memory.Held, **changes: int) -> memory.Held:
-    return held._replace(**changes)
