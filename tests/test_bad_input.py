@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -309,9 +310,14 @@ def test_checkpoints_on_a_disk_that_turns_read_only_or_away(shared: Path, disk: 
     folder, away = disk.path / "checkpoints", disk.path / "away"
     run = shared / "on_a_disk"
     arguments = (experiment, f"--run.directory={run}", f"--checkpoint.folder={folder}")
+
+    def bring_back() -> None:
+        shutil.rmtree(folder, ignore_errors=True)  # what was being written just then may have made it again
+        away.rename(folder)
+
     failures: list[tuple[int, Callable[[], object], Callable[[], object], str]] = [
         (5, lambda: disk.remount("ro"), lambda: disk.remount("rw"), "Read-only file system"),
-        (15, lambda: folder.rename(away), lambda: away.rename(folder), "the folder is gone"),
+        (15, lambda: folder.rename(away), bring_back, "the folder is gone"),
     ]
     for step, fail, mend, reason in failures:
         process = jobs.start(*arguments)

@@ -149,12 +149,13 @@ def _slices(weights: Weights) -> Iterator[tuple[str, str, str, str]]:
 
 
 def _norm(arrays: Iterable[np.ndarray]) -> str:
-    """Euclidean, over all of the arrays; says so where a number is none."""
+    """Euclidean, over all of the arrays, summed in float64: the same digits on every machine; says so where a number is
+    none."""
     total = 0.0
     for array in arrays:
         numbers = array.reshape(-1)
         for start in range(0, len(numbers), _AT_ONCE):
-            some = numbers[start : start + _AT_ONCE].astype(np.float32)
+            some = numbers[start : start + _AT_ONCE].astype(np.float64)
             total += float(np.dot(some, some))
     return f"{np.sqrt(total):.6g}" if np.isfinite(total) else f"{total} (not finite)"
 
