@@ -98,7 +98,7 @@ def plot(rows: list[Row], file: Path) -> None:
     axes.set_xlabel("chips, each with a row of 4,096 tokens")
     axes.set_title("MiniCPM-2B, parameters over all chips (fsdp), planned", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     figure.savefig(file, dpi=150)
 
 
@@ -120,6 +120,7 @@ def main(names: list[str], picture: Path | None, text: Path | None) -> None:
                 sample(f"MFU at best, {name}", "%", 100 * row.mfu),
             ]
         )
+    rows.sort(key=lambda row: row.chips)
     if picture is not None:
         plot(rows, picture)
     if text is not None:
