@@ -35,8 +35,7 @@ from cpmjax.sampling.program import compile_sampling
 from cpmjax.training import memory
 from cpmjax.training.optimizer import make_optimizer
 from cpmjax.training.padding import abstract_at_rest
-from cpmjax.training.program import lower_step
-from cpmjax.training.state import abstract_state
+from cpmjax.training.program import declared_state, lower_step
 from cpmjax.training.step import abstract_batch, batch_sharding
 
 GIB = 2**30
@@ -81,13 +80,7 @@ def compile_step(config: Config, mesh: Mesh) -> Step:
     """Under `jax.set_mesh`. Raises UserError where the mesh does not divide what it splits."""
     by_row = batch_sharding(mesh, config)
     optimizer = make_optimizer(config.model, config.optimizer)
-    abstract = abstract_state(
-        config.model,
-        optimizer,
-        mesh,
-        averaged=config.training.ema is not None,
-        offload=config.optimizer.offload,
-    )
+    abstract = declared_state(config, optimizer, mesh)
     began = time.perf_counter()
     program = lower_step(config, optimizer, abstract, by_row).compile()
     seconds = time.perf_counter() - began
@@ -115,7 +108,7 @@ def plan_training(config: Config, machine: Topology, mesh: Mesh) -> int:
 
 def plan_sampling(config: Config, machine: Topology, mesh: Mesh, rows: int, prompt: int, new: int) -> int:
     """Prints what reading prompts and each new token takes; returns the exit code."""
-    abstract = abstract_state(config.model, make_optimizer(config.model, config.optimizer), mesh)
+    abstract = declared_state(config, make_optimizer(config.model, config.optimizer), mesh)
     parameters = abstract_at_rest(config.model, abstract.trainable)
     programs = compile_sampling(config, parameters, mesh, rows, prompt, new)
     most = 0

@@ -44,10 +44,10 @@ from cpmjax.training.optimizer import make_optimizer
 from cpmjax.training.origin import Origin, new_origin, starting_state
 from cpmjax.training.padding import at_rest
 from cpmjax.training.profile import Profile
-from cpmjax.training.program import lower_step
+from cpmjax.training.program import declared_state, lower_step
 from cpmjax.training.recorder import Recorder
 from cpmjax.training.report import draw_curves, last_screen
-from cpmjax.training.state import abstract_state, averaged_parameters
+from cpmjax.training.state import averaged_parameters
 from cpmjax.training.step import batch_sharding
 from cpmjax.training.timeline import Timeline
 
@@ -94,13 +94,7 @@ def train(config: Config, directory: RunDirectory) -> int:
     _say(text.describe(origin.position, timeline.stage_ends()))
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        abstract = abstract_state(
-            config.model,
-            optimizer,
-            mesh,
-            averaged=config.training.ema is not None,
-            offload=config.optimizer.offload,
-        )
+        abstract = declared_state(config, optimizer, mesh)
         programs: dict[int, jax.stages.Compiled] = {}
         for rows in timeline.batch_sizes():  # one program each: what it takes is known before the first step
             compile_began = time.perf_counter()

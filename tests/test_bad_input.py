@@ -8,10 +8,7 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import jobs
@@ -19,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from disks import Disk, small_disk
 
 pytestmark = pytest.mark.slow
 
@@ -250,31 +248,11 @@ def test_loss_that_is_not_finite(shared: Path) -> None:
 # A full disk.
 
 
-@dataclass(frozen=True)
-class Disk:
-    path: Path
-
-    def resize(self, size: int) -> None:
-        self.remount(f"size={size}")
-
-    def remount(self, option: str) -> None:
-        subprocess.run(["mount", "-o", f"remount,{option}", self.path], check=True)
-
-
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
     """A file system of its own, whose size the test sets."""
-    if sys.platform != "linux" or os.geteuid() != 0:
-        pytest.skip("only root may mount a small file system")
-    path = tmp_path / "disk"
-    path.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", path], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"no small file system may be mounted here: {mounted.stderr.strip()}")
-    try:
-        yield Disk(path)
-    finally:
-        subprocess.run(["umount", path], check=True)
+    with small_disk(tmp_path / "disk", "1m") as found:
+        yield found
 
 
 def test_full_disk_under_the_run(shared: Path, disk: Disk) -> None:

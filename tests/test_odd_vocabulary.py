@@ -39,7 +39,7 @@ def close(found: Path, expected: Path) -> None:
         for item in ("parameters", "average", "optimizer/1/mu", "optimizer/1/nu"):
             assert arrays[f"{item}/{path}"].shape == spec.shape
     for name, array in arrays.items():
-        np.testing.assert_allclose(array, others[name], rtol=1e-3, atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(array, others[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_a_run_with_an_odd_vocabulary(folder: Path) -> None:
@@ -60,4 +60,4 @@ def test_a_run_with_an_odd_vocabulary(folder: Path) -> None:
     tokens = np.arange(300, VOCABULARY)[None]
     logits = [cpmjax.load(run, average=True)(tokens) for run in (one, mesh)]
     assert logits[1].shape == (1, VOCABULARY - 300, VOCABULARY)
-    np.testing.assert_allclose(logits[1], logits[0], rtol=0, atol=1e-3)
+    np.testing.assert_allclose(logits[1], logits[0], rtol=0, atol=1e-4 * np.abs(logits[0]).max())

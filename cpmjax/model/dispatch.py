@@ -5,7 +5,6 @@ B batch, L length, H heads, G key-value heads, K head width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import jax
@@ -13,7 +12,7 @@ import jax
 from cpmjax.model import kernels
 from cpmjax.model.attention import attend_rows, plain
 from cpmjax.model.ring import ring
-from cpmjax.parallel.sharding import RULES, partition, splits
+from cpmjax.parallel.sharding import RULES, partition, parts, splits
 from cpmjax.run.config import Attention
 from cpmjax.run.errors import UserError
 
@@ -92,9 +91,7 @@ def _undivided(query_BLHK: jax.Array) -> str:
 
 
 def _parts(axis: str) -> int:
-    """Into how many parts the mesh that is set, if one is, splits a logical axis."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape.get(mesh_axis, 1) for mesh_axis in RULES[axis])
+    return parts(jax.sharding.get_abstract_mesh(), axis)
 
 
 def _platform() -> str:

@@ -5,11 +5,17 @@ from __future__ import annotations
 import jax
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from cpmjax.run.config import Config
-from cpmjax.training.state import TrainState
+from cpmjax.training.state import TrainState, abstract_state
 from cpmjax.training.step import Rates, abstract_batch, make_step, next_token_loss
+
+
+def declared_state(config: Config, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh) -> TrainState:
+    """The abstract state that a run of this configuration has on a mesh."""
+    averaged = config.training.ema is not None
+    return abstract_state(config.model, optimizer, mesh, averaged=averaged, offload=config.optimizer.offload)
 
 
 def lower_step(

@@ -15,7 +15,7 @@ set -uo pipefail
 mapfile -t hosts < <(sed 's/#.*//; s/[[:space:]]//g; /^$/d' "${1:?expected a file of hosts}")
 shift
 port=${PORT:-12355}
-pid=/tmp/cpmjax-$port.pid
+pid="\${TMPDIR:-/tmp}/cpmjax-$port.pid" # on the first host
 trap 'ssh -n "${hosts[0]}" "kill -TERM \$(cat $pid)"' TERM INT # one host tells the others
 
 jobs=()

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from disks import Disk, small_disk
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from cpmjax.checkpoint.store import Checkpoints
@@ -194,7 +195,7 @@ def run_here(function: str, *arguments: str | Path, devices: int = 1) -> subproc
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent)]),
+        "PYTHONPATH": os.pathsep.join(map(str, (*Path(__file__).parents[1:3], Path(__file__).parent))),
     }
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
@@ -264,23 +265,10 @@ def test_a_death_during_a_save_leaves_a_complete_checkpoint_or_none(tmp_path):
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
+def disk(tmp_path: Path) -> Iterator[Disk]:
     """A file system of its own, of 64 MB."""
-    if sys.platform != "linux" or os.geteuid() != 0:
-        pytest.skip("only root may mount a small file system")
-    path = tmp_path / "disk"
-    path.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", path], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"no small file system may be mounted here: {mounted.stderr.strip()}")
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", path], check=True)
-
-
-def remount(disk: Path, option: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{option}", disk], check=True)
+    with small_disk(tmp_path / "disk", "64m") as found:
+        yield found
 
 
 def replace_by_an_empty_one(folder: Path) -> None:
@@ -290,9 +278,9 @@ def replace_by_an_empty_one(folder: Path) -> None:
 
 
 FAILURES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "full": (lambda folder: remount(folder.parent, "size=1m"), "no space left on the disk that holds {}: a "),
+    "full": (lambda folder: Disk(folder.parent).resize("1m"), "no space left on the disk that holds {}: a "),
     "read-only": (
-        lambda folder: remount(folder.parent, "ro"),
+        lambda folder: Disk(folder.parent).remount("ro"),
         "{}: a checkpoint was not written: [Errno 30] Read-only",
     ),
     "gone": (lambda folder: folder.rename(folder.with_name("elsewhere")), "{}: a checkpoint was not written: the fold"),
@@ -303,7 +291,7 @@ FAILURES: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_disk_that_fails_is_one_error_and_leaves_what_is_complete(disk, failure):
     fail, beginning = FAILURES[failure]
-    folder = disk / "checkpoints"
+    folder = disk.path / "checkpoints"
     store = Checkpoints(folder, CheckpointConfig())
     save(store, 3)
     store.wait()
@@ -319,7 +307,7 @@ def test_a_disk_that_fails_is_one_error_and_leaves_what_is_complete(disk, failur
     if (elsewhere := folder.with_name("elsewhere")).exists():
         shutil.rmtree(folder, ignore_errors=True)
         elsewhere.rename(folder)
-    remount(disk, "rw,size=64m")
+    disk.remount("rw,size=64m")
     with contextlib.closing(Checkpoints(folder, CheckpointConfig())) as store:
         assert store.steps() == [3]
         assert_bits(store.parameters(3), values(3))

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from disks import Disk, small_disk
 from formats.conversions import (
     GOLDEN,
     HISTORY,
@@ -203,28 +203,19 @@ def test_shards_that_are_missing_or_not_listed(tmp_path):
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
+def disk(tmp_path: Path) -> Iterator[Disk]:
     """A file system with room for half a model."""
-    if sys.platform != "linux" or os.geteuid() != 0:
-        pytest.skip("only root may mount a small file system")
-    path = tmp_path / "disk"
-    path.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", path], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"no small file system may be mounted here: {mounted.stderr.strip()}")
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", path], check=True)
+    with small_disk(tmp_path / "disk", "600k") as found:
+        yield found
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "run"])
 def test_a_full_disk(kind, disk, run):
     source = HISTORY if kind == "run" else run
-    message = refused(source, disk / "model", f"--to={kind}", *(KEYS if kind == "run" else []))
-    assert "no space left on the disk" in message and str(disk) in message
-    assert left_in(disk) == []
+    message = refused(source, disk.path / "model", f"--to={kind}", *(KEYS if kind == "run" else []))
+    assert "no space left on the disk" in message and str(disk.path) in message
+    assert left_in(disk.path) == []
     # With room it goes on, by the same command.
-    subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
-    converted(source, disk / "model", f"--to={kind}", *(KEYS if kind == "run" else []))
-    assert left_in(disk) == ["model"]
+    disk.resize("20m")
+    converted(source, disk.path / "model", f"--to={kind}", *(KEYS if kind == "run" else []))
+    assert left_in(disk.path) == ["model"]

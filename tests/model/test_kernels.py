@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from devices import on_eight_devices
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from cpmjax.model import kernels, ring
@@ -23,6 +24,7 @@ from cpmjax.model.initialise import initialise
 from cpmjax.model.transformer import MiniCPM
 from cpmjax.parallel.costs import costs
 from cpmjax.parallel.mesh import AXES, make_mesh
+from cpmjax.parallel.topologies import topology
 from cpmjax.run.config import ComputeConfig, Config, DataConfig, MeshConfig, ModelConfig, TrainingConfig
 from cpmjax.run.errors import UserError
 from cpmjax.training.optimizer import make_optimizer
@@ -270,14 +272,7 @@ def check_what_is_sent_and_kept() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("check", ["check_ring", "check_long_rows", "check_what_is_sent_and_kept"])
 def test_rows_split_over_eight_devices(check):
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent)]),
-    }
-    command = [sys.executable, "-c", f"import test_kernels; test_kernels.{check}()"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    on_eight_devices(__file__, f"{check}()")
 
 
 # ---- a TPU that is not there -----------------------------------------------------------------------------------------
@@ -285,9 +280,7 @@ def test_rows_split_over_eight_devices(check):
 
 def check_splash_in_a_step() -> None:
     """A training step for four chips of TPU v5e: forward once, and two kernels for the gradients."""
-    from jax.experimental.topologies import get_topology_desc
-
-    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), get_topology_desc("v5e:2x2", platform="tpu").devices)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), topology("v5e:2x2").devices)
     program = step_on(mesh, 300, replace(MODEL, head_width=64), compute=ComputeConfig("bfloat16"))[2]
     assert program.as_text().count('custom_call_target="tpu_custom_call"') == 3
     # Rows and heads are where they are computed: of activations nothing is gathered.
@@ -299,8 +292,7 @@ def check_splash_in_a_step() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the package libtpu")
 def test_splash_compiles_for_a_tpu():
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"} | {
-        "TPU_SKIP_MDS_QUERY": "1",  # the machine has no TPU to ask about
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent)]),
+        "PYTHONPATH": os.pathsep.join(map(str, (*Path(__file__).parents[1:3], Path(__file__).parent))),
     }
     command = [sys.executable, "-c", "import test_kernels; test_kernels.check_splash_in_a_step()"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)

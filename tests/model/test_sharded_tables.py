@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+from devices import on_eight_devices
 from jax.sharding import NamedSharding
 
 from cpmjax.model.initialise import initialise
@@ -97,10 +93,5 @@ def check_loss() -> None:
 
 
 def test_eight_devices_agree_with_one_and_send_no_table_for_a_chunk():
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent)]),
-    }
-    program = "import test_sharded_tables as t; t.check_lookup(); t.check_loss()"
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    on_eight_devices(__file__, "check_lookup()", optimised=True)
+    on_eight_devices(__file__, "check_loss()", optimised=True)

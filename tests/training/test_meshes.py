@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from devices import on_eight_devices
 from jax.sharding import Mesh
 
 from cpmjax.model.parameters import flat, specs
@@ -126,16 +124,8 @@ def padding(state: TrainState) -> dict[str, list]:
 def learned(tmp_path_factory) -> dict[str, dict[str, Any]]:
     """By mesh and micro-batches, from one process with eight simulated devices."""
     file = tmp_path_factory.mktemp("meshes") / "learned.json"
-    environment = os.environ | {
-        # Little optimisation: the programs are compiled for longer than they run.
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent)]),
-    }
-    command = [sys.executable, "-c", f"import test_meshes; test_meshes.write({str(file)!r})"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "rematerialization" not in done.stderr, done.stderr
+    stderr = on_eight_devices(__file__, f"write({str(file)!r})")
+    assert "rematerialization" not in stderr, stderr
     return json.loads(file.read_text())
 
 

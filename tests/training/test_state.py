@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import subprocess
-import sys
 from dataclasses import fields, replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from devices import on_eight_devices
 from jax.sharding import AbstractMesh, NamedSharding
 
 from cpmjax.model.parameters import count, flat, owner, specs
@@ -149,15 +146,7 @@ def check_every_optimizer_on_eight_devices() -> None:
     "check", ["check_eight_devices", "check_initialisation_of_the_2b", "check_every_optimizer_on_eight_devices"]
 )
 def test_eight_devices_hold_an_eighth_each(check):
-    environment = os.environ | {
-        # Little optimisation: the programs are compiled for longer than they run.
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent)]),
-    }
-    command = [sys.executable, "-c", f"import test_state; test_state.{check}()"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    on_eight_devices(__file__, f"{check}()")
 
 
 def test_one_device_a_fresh_state_and_its_declaration_agree():
