@@ -131,7 +131,8 @@ def signal_at(process: subprocess.Popen[str], moment: Callable[[], bool], number
             holds = moment()
             if holds:
                 os.kill(process.pid, number)
-            os.kill(process.pid, signal.SIGCONT)
+            if not (holds and number == signal.SIGSTOP):
+                os.kill(process.pid, signal.SIGCONT)
             if holds:
                 return True
     return False

@@ -101,7 +101,10 @@ def restoring(folder: epath.Path) -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].partition(" [tensorstore_spec")[0][:_LONGEST]
+    text = lines[0].partition(" [tensorstore_spec")[0].partition(" [source locations")[0]
+    if len(text) > _LONGEST:  # a long path stands in the middle; what the system said is at the end
+        text = f"{text[: _LONGEST // 3]}...{text[-2 * _LONGEST // 3 :]}"
+    return text
 
 
 @contextlib.contextmanager

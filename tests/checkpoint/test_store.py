@@ -21,6 +21,7 @@ import pytest
 from disks import Disk, small_disk
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from cpmjax.checkpoint import failures
 from cpmjax.checkpoint.store import Checkpoints
 from cpmjax.run.config import CheckpointConfig
 from cpmjax.run.errors import UserError
@@ -345,3 +346,13 @@ def test_a_bug_keeps_its_traceback(tmp_path):
     store = Checkpoints(tmp_path / "checkpoints", CheckpointConfig())
     with contextlib.closing(store), pytest.raises(ValueError, match="Found empty item"):
         store.save(1, {}, {}, POSITION, METADATA)
+
+
+def test_a_long_path_does_not_hide_what_the_system_said(tmp_path: Path) -> None:
+    path = "/".join(["a_long_name"] * 60)
+    said = f'PERMISSION_DENIED: Error writing "{path}": [OS error 30: EROFS Read-only file system]'
+    with pytest.raises(UserError) as raised, failures.restoring(tmp_path):
+        raise ValueError(f"{said} [source locations='{path}'] [tensorstore_spec='{{}}']")
+    message = str(raised.value)
+    assert message.startswith(f'{tmp_path} cannot be restored: PERMISSION_DENIED: Error writing "a_long')
+    assert message.endswith("[OS error 30: EROFS Read-only file system]") and len(message) < len(str(tmp_path)) + 400
