@@ -10,18 +10,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cpmjax.checkpoint.series import Series
     from cpmjax.formats.loading import load, load_tokenizer
     from cpmjax.run.errors import UserError
     from cpmjax.sampling.sampler import Sampler
 
 _HOMES = {
     "Sampler": "cpmjax.sampling.sampler",
+    "Series": "cpmjax.checkpoint.series",
     "UserError": "cpmjax.run.errors",
     "load": "cpmjax.formats.loading",
     "load_tokenizer": "cpmjax.formats.loading",
 }
 
-__all__ = ["Sampler", "UserError", "load", "load_tokenizer"]
+__all__ = ["Sampler", "Series", "UserError", "load", "load_tokenizer"]
 
 
 def __getattr__(name: str) -> Any:

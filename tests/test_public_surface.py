@@ -42,7 +42,7 @@ def run(tmp_path_factory):
 
 
 def test_names():
-    assert set(cpmjax.__all__) == {"Sampler", "UserError", "load", "load_tokenizer"}
+    assert set(cpmjax.__all__) == {"Sampler", "Series", "UserError", "load", "load_tokenizer"}
     assert all(hasattr(cpmjax, name) and name in dir(cpmjax) for name in cpmjax.__all__)
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         cpmjax.lode  # noqa: B018

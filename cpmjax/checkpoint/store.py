@@ -136,10 +136,12 @@ class Checkpoints:
         """
         self._check_average(step, item)
         if abstract is None:
-            device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            stored = self._item_metadata(step, item)
-            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), stored)
+            return self._restore_as_stored(step, item)
         return self._restore(step, item, ocp.args.StandardRestore(abstract))
+
+    def optimizer_tree(self, step: int) -> Tree | None:
+        """The optimizer's state as it is stored, nested dicts on the default device; None if none was saved."""
+        return self._restore_as_stored(step, "optimizer") if self.has_optimizer(step) else None
 
     def optimizer(self, step: int, abstract: Any) -> Any | None:
         """The optimizer's state with the structure and placement of `abstract`; None if none was saved."""
@@ -204,6 +206,12 @@ class Checkpoints:
             if stored is None:
                 raise FileNotFoundError("its metadata cannot be read")
             return stored.tree
+
+    def _restore_as_stored(self, step: int, item: str) -> Tree:
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        stored = self._item_metadata(step, item)
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), stored)
+        return self._restore(step, item, ocp.args.StandardRestore(abstract))
 
     def _restore(self, step: int, item: str, arguments: Any) -> Any:
         with failures.quiet(), failures.restoring(self._folder(step) / item):

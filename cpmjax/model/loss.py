@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,19 @@ class TokenLosses(NamedTuple):
     loss: jax.Array  # nats: -log p(target)
     logsumexp: jax.Array  # of the logits; its square is the z-loss
     logit_rms: jax.Array  # root mean square over the vocabulary
+
+
+def batch_losses(model: MiniCPM, batch: dict[str, Any]) -> TokenLosses:
+    """Of each token of a batch: a dict of [B, L] arrays, tokens, targets, positions and segments (int32)."""
+    hidden_BLD, _ = model.trunk(model.embed(batch["tokens"]), batch["positions"], batch["segments"])
+    return token_losses(model, hidden_BLD, batch["targets"])
+
+
+@jax.jit
+def mean_loss(model: MiniCPM, batch: dict[str, Any]) -> jax.Array:
+    """Nats a token of a batch, its tokens counted by batch["weights"]; float32 scalar. Compiles once a shape."""
+    weights_BL = batch["weights"]
+    return jnp.sum(weights_BL * batch_losses(model, batch).loss) / jnp.sum(weights_BL)
 
 
 def token_losses(model: MiniCPM, hidden_BLD: jax.Array, targets_BL: jax.Array) -> TokenLosses:

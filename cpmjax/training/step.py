@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
 
-from cpmjax.model.loss import TokenLosses, token_losses
+from cpmjax.model.loss import TokenLosses, batch_losses
 from cpmjax.model.mup import Multipliers
 from cpmjax.model.parameters import Tree
 from cpmjax.model.transformer import MiniCPM
@@ -63,9 +63,7 @@ class Rates(NamedTuple):
 def _losses(
     config: ModelConfig, compute: ComputeConfig, parameters: Tree, batch: Batch, multipliers: Multipliers | None
 ) -> TokenLosses:
-    model = MiniCPM(config, parameters, compute, multipliers)
-    hidden_BLD, _ = model.trunk(model.embed(batch["tokens"]), batch["positions"], batch["segments"])
-    return token_losses(model, hidden_BLD, batch["targets"])
+    return batch_losses(MiniCPM(config, parameters, compute, multipliers), batch)
 
 
 def next_token_loss(
