@@ -118,9 +118,10 @@ def test_more_steps_at_the_end_cost_only_what_is_new(series, rows, tmp_path, mon
     measured = count_moves(monkeypatch)
     assert atlas.run_atlas(series, STEPS, LAYERS, tmp_path) == rows
     assert len(measured) == sum(row["step"] == 60 and "head" not in row for row in rows)
-    # Other checkpoints between change what an update is: nothing old is taken for it.
-    assert atlas.run_atlas(series, [10, 60], [], tmp_path) == atlas.measure(series, [10, 60], [])
-    assert {row["step"] for row in atlas.read_atlas(tmp_path)} == {10, 60}
+    # With other checkpoints before it a step has other numbers: nothing old is taken for them.
+    for others in ([10, 60], [30, 40, 60], [10, 40, 60]):
+        assert atlas.run_atlas(series, others, LAYERS, tmp_path) == atlas.measure(series, others, LAYERS)
+        assert {row["step"] for row in atlas.read_atlas(tmp_path)} == {*others}
 
 
 def test_the_atlas_of_another_series_is_refused(series, tmp_path):
