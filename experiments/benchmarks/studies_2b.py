@@ -22,7 +22,7 @@ import resource
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -44,10 +44,10 @@ _MEMORY = 4.0  # GB, at most
 _MAXRSS = 1 if sys.platform == "darwin" else 1024  # bytes in a unit of ru_maxrss
 
 
-def make(folder: Path, preset: str, checkpoints: int) -> list[int]:
-    """A run with so many checkpoints -> their steps; those that are there already are kept."""
+def make(folder: Path, model: dict[str, Any], checkpoints: int) -> list[int]:
+    """A run of this model with so many checkpoints -> their steps; those that are there already are kept."""
     run = RunDirectory(folder)
-    config = cli.decode({"model": {"preset": preset, **PRESETS[preset]}}, "the benchmark")
+    config = cli.decode({"model": model}, "the benchmark")
     if not run.exists:
         run.create(config, {"kind": "synthetic"})
     steps = [_EVERY * number for number in range(1, checkpoints + 1)]
@@ -82,17 +82,23 @@ def survey(run: Path, steps: Sequence[int], layers: Sequence[int], directory: Pa
 
 def measure(folder: Path, preset: str, checkpoints: int, layers: int) -> Iterator[dict[str, Any]]:
     run = folder / preset
-    steps = make(run, preset, checkpoints)
+    steps = _alone(make, run, PRESETS[preset], checkpoints)
     middle = ModelConfig(**PRESETS[preset]).layers // 2
     chosen = range(middle, middle + layers)
     for name, at, spectra in (("movements", steps, ()), ("spectra", steps[:2], chosen)):
         directory = folder / f"atlas-{name}"
         (directory / "ledger.jsonl").unlink(missing_ok=True)  # of an earlier round
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            seconds, memory = pool.submit(survey, run, at, spectra, directory).result()
+        seconds, memory = _alone(survey, run, at, spectra, directory)
         title = f"atlas of {preset}, {name}, {len(at)} checkpoints" + (f", {layers} layers" if spectra else "")
         yield sample(title, "s", seconds)
         yield sample(f"{title}: memory at most", "GB", memory / 1e9, bar=_MEMORY)
+
+
+def _alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a call in a process of its own; the run is made in one as well, since the most memory that a
+    process has had counts, on Linux, as that of those which it starts."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 if __name__ == "__main__":
