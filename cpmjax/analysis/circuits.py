@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cpmjax.analysis.rows import interval, parts
+from cpmjax.analysis.excerpts import interval, parts
 from cpmjax.data.batches import Batch
 from cpmjax.model.transformer import MiniCPM
 from cpmjax.run.errors import UserError
@@ -158,7 +158,7 @@ class InContext:
     """Nats a token late in a document less early in it: below 0 where context helps."""
 
     score: float
-    low: float  # 5 % and 95 % points, by drawing rows again
+    low: float  # 2.5 % and 97.5 % points, by drawing rows again
     high: float
 
 

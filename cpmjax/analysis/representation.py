@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cpmjax.analysis.rows import parts
+from cpmjax.analysis.excerpts import parts
 from cpmjax.checkpoint.series import Series
 from cpmjax.data.batches import Batch
 from cpmjax.model.loss import token_losses

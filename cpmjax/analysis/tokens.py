@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cpmjax.analysis.rows import interval, parts
+from cpmjax.analysis.excerpts import interval, parts
 from cpmjax.data.batches import Batch
 from cpmjax.data.tokenizer import Tokenizer
 from cpmjax.model.loss import batch_losses
@@ -46,7 +46,7 @@ class Shares:
     tokens: np.ndarray  # weighted tokens in each class
     before: np.ndarray  # nats, summed
     after: np.ndarray
-    low: np.ndarray  # 5 % and 95 % points of `share`, by drawing rows again
+    low: np.ndarray  # 2.5 % and 97.5 % points of `share`, by drawing rows again
     high: np.ndarray
 
     @property
@@ -144,23 +144,23 @@ CHARACTERS = ["start of a word", "inside a word", "ideograph", "digit", "space",
 
 def by_character(batch: Batch, tokenizer: Tokenizer) -> np.ndarray:
     """What kind of piece the target is, by its first character that is no space."""
-    kinds = np.array([_kind(token, tokenizer) for token in range(tokenizer.vocabulary)])
-    return kinds[batch["targets"]]
+    control = set(np.flatnonzero(tokenizer.byte_lengths() == 0)) | set(tokenizer.added_tokens.values())
+    kinds = ["byte" if token in tokenizer.byte_values else "control" for token in range(tokenizer.vocabulary)]
+    for token in set(range(tokenizer.vocabulary)) - control - set(tokenizer.byte_values):
+        kinds[token] = _kind(tokenizer.decode_pieces([token]))
+    return np.array([CHARACTERS.index(kind) for kind in kinds])[batch["targets"]]
 
 
-def _kind(token: int, tokenizer: Tokenizer) -> int:
-    if token in tokenizer.byte_values:
-        return CHARACTERS.index("byte")
-    if token in tokenizer.added_tokens.values() or not (text := tokenizer.decode_pieces([token])):
-        return CHARACTERS.index("control")
-    if not (word := text.lstrip()):
-        return CHARACTERS.index("space")
+def _kind(text: str) -> str:
+    word = text.lstrip()
+    if not word:
+        return "space"
     category = unicodedata.category(word[0])
     if category == "Lo" and "CJK" in unicodedata.name(word[0], ""):
-        return CHARACTERS.index("ideograph")
+        return "ideograph"
     if category[0] in "LM" or word[0] == "_":
-        return CHARACTERS.index("inside a word" if word == text else "start of a word")
-    return CHARACTERS.index("digit" if category[0] == "N" else "punctuation")
+        return "inside a word" if word == text else "start of a word"
+    return "digit" if category[0] == "N" else "punctuation"
 
 
 # What it can recite.
