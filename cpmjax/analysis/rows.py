@@ -35,9 +35,14 @@ class RowLosses:
         return cls(series.config.model, series.compute)
 
     def __call__(self, parameters: Tree, batch: dict[str, Any]) -> jax.Array:
-        weights_RL = batch["weights"]
-        losses_RL = batch_losses(MiniCPM(self.model, parameters, self.compute), batch).loss
-        return jnp.sum(weights_RL * losses_RL, axis=1) * (len(weights_RL) / jnp.sum(weights_RL))
+        return _row_losses(MiniCPM(self.model, parameters, self.compute), batch)
+
+
+@jax.jit
+def _row_losses(model: MiniCPM, batch: dict[str, Any]) -> jax.Array:
+    weights_RL = batch["weights"]
+    losses_RL = batch_losses(model, batch).loss
+    return jnp.sum(weights_RL * losses_RL, axis=1) * (len(weights_RL) / jnp.sum(weights_RL))
 
 
 @dataclass(frozen=True)
