@@ -22,7 +22,7 @@ from typing import Any
 
 from cpmjax.model.presets import PRESETS
 from cpmjax.parallel.machine import machine
-from cpmjax.run import cli
+from cpmjax.run import cli, flags
 from cpmjax.run.config import Config
 from cpmjax.run.directory import now, only_writer, versions, write_atomically
 from cpmjax.run.errors import UserError
@@ -202,8 +202,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     for argument in rest:
         if argument.startswith("-") and "." not in argument.partition("=")[0]:
             hidden = ("study", "name", "experiment")
-            flags = ", ".join(f"--{key.replace('_', '-')}" for key in vars(arguments) if key not in hidden)
-            raise UserError(f"command line: unknown flag {argument}; expected one of {flags}, or --section.key=value")
+            known = ", ".join(f"--{key.replace('_', '-')}" for key in vars(arguments) if key not in hidden)
+            raise UserError(f"command line: unknown flag {argument}; expected one of {known}, or --section.key=value")
     if not _names_a_file(rest):
         rest = [str(arguments.experiment), *rest]
     study = vars(arguments).pop("name")
@@ -226,12 +226,12 @@ def _add_coordinate_check(studies: Any) -> None:
     )
     parser.add_argument(
         "--widths",
-        type=_whole_numbers,
+        type=flags.whole_numbers,
         default=[64, 128, 256, 512],
         help="a slope over less than 8 times the width is mostly noise (default: 64,128,256,512)",
     )
     parser.add_argument(
-        "--layers", type=_whole_numbers, default=[2, 4, 8, 16], help="empty: widths only (default: 2,4,8,16)"
+        "--layers", type=flags.whole_numbers, default=[2, 4, 8, 16], help="empty: widths only (default: 2,4,8,16)"
     )
     parser.add_argument("--controls", action="store_true", help="plant faults as well: each must be caught")
     _add_common(parser, ["minicpm"])
@@ -241,12 +241,12 @@ def _add_coordinate_check(studies: Any) -> None:
 def _add_transfer(studies: Any) -> None:
     parser = studies.add_parser("transfer", help="does the best learning rate stay the best one as the model grows?")
     parser.add_argument(
-        "--widths", type=_whole_numbers, help="(default: 32,64,128,256, unless layers or sizes are given)"
+        "--widths", type=flags.whole_numbers, help="(default: 32,64,128,256, unless layers or sizes are given)"
     )
     parser.add_argument(
-        "--layers", type=_whole_numbers, default=[], help="numbers of layers, at the experiment's width"
+        "--layers", type=flags.whole_numbers, default=[], help="numbers of layers, at the experiment's width"
     )
-    parser.add_argument("--sizes", type=_names, default=[], help="presets, as in tunnel-9m,tunnel-30m")
+    parser.add_argument("--sizes", type=flags.names, default=[], help="presets, as in tunnel-9m,tunnel-30m")
     parser.add_argument("--rates", type=_rates, default=_RATES, help=f"(default: {','.join(map(str, _RATES))})")
     parser.add_argument(
         "--weight-decay-modes", type=_decay_modes, default=["coupled"], help="coupled,scaled,independent"
@@ -259,7 +259,7 @@ def _add_series(studies: Any) -> None:
     parser = studies.add_parser("series", help="trains a trunk, its decays and what they are compared with")
     parser.add_argument(
         "--cosine-peak",
-        type=_positive_number,
+        type=flags.positive_number,
         default=2.0,
         help="the cosine's peak, in those of the others (default: 2)",
     )
@@ -271,7 +271,7 @@ _RATES = [0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08]
 
 
 def _add_common(parser: argparse.ArgumentParser, names: list[str]) -> None:
-    parser.add_argument("--seeds", type=_positive, default=3, help="trials of each kind (default: 3)")
+    parser.add_argument("--seeds", type=flags.positive, default=3, help="trials of each kind (default: 3)")
     parser.add_argument(
         "--parametrisations",
         type=_parametrisations,
@@ -280,37 +280,9 @@ def _add_common(parser: argparse.ArgumentParser, names: list[str]) -> None:
     )
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _whole_numbers(text: str) -> list[int]:
-    try:
-        return [int(number) for number in _names(text)]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected whole numbers with commas between them, got {text!r}") from error
-
-
-def _positive(text: str) -> int:
-    (number,) = _whole_numbers(text) or (0,)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
-    return number
-
-
-def _positive_number(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
-    return number
-
-
 def _rates(text: str) -> list[float]:
     try:
-        rates = [float(rate) for rate in _names(text)]
+        rates = [float(rate) for rate in flags.names(text)]
     except ValueError as error:
         raise UserError(f"--rates = {text}: expected numbers with commas between them") from error
     for rate in rates:
@@ -322,7 +294,7 @@ def _rates(text: str) -> list[float]:
 
 
 def _decay_modes(text: str) -> list[str]:
-    modes, known = _names(text), typing.get_args(WeightDecayMode)
+    modes, known = flags.names(text), typing.get_args(WeightDecayMode)
     unknown = [mode for mode in modes if mode not in known]
     if unknown or not modes:
         raise UserError(f"--weight-decay-modes = {text}: expected some of {', '.join(known)}")
@@ -330,7 +302,7 @@ def _decay_modes(text: str) -> list[str]:
 
 
 def _parametrisations(text: str) -> list[str]:
-    names = list(dict.fromkeys(_names(text)))
+    names = list(dict.fromkeys(flags.names(text)))
     if not names:
         raise UserError("--parametrisations: expected at least one name")
     for name in names:
