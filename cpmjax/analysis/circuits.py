@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cpmjax.analysis.excerpts import interval, parts
+from cpmjax.analysis.excerpts import parts
+from cpmjax.analysis.rows import Interval, bootstrap
 from cpmjax.data.batches import Batch
 from cpmjax.model.transformer import MiniCPM
 from cpmjax.run.errors import UserError
@@ -97,12 +98,9 @@ class Scores:
     def floor(self) -> float:
         return float(self.floor_B.sum() / self.queries_B.sum())
 
-    def interval(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of `mean`, by drawing rows again: [N, H] twice."""
-        rows, *shape = self.total_BNH.shape
-        totals = np.column_stack([self.total_BNH.reshape(rows, -1), self.queries_B])
-        low, high = interval(totals, lambda drawn: drawn[:, :-1] / drawn[:, -1:])
-        return low.reshape(shape), high.reshape(shape)
+    def interval(self) -> Interval:
+        """Of `mean`, each [N, H]."""
+        return bootstrap(lambda given, queries: given / queries, np.moveaxis(self.total_BNH, 0, -1), self.queries_B)
 
 
 def head_scores(model: MiniCPM, batch: Batch, rows: int = 8) -> dict[str, Scores]:
@@ -153,20 +151,12 @@ def repeated_blocks(candidates: Sequence[int], first: int, rows: int, block: int
     }
 
 
-@dataclass(frozen=True)
-class InContext:
-    """Nats a token late in a document less early in it: below 0 where context helps."""
+def in_context(losses_BL: np.ndarray, batch: Batch, early: tuple[int, int], late: tuple[int, int]) -> Interval:
+    """The in-context learning score: nats a token late in a document less early in it; below 0 where context helps.
 
-    score: float
-    low: float  # 2.5 % and 97.5 % points, by drawing rows again
-    high: float
-
-
-def in_context(losses_BL: np.ndarray, batch: Batch, early: tuple[int, int], late: tuple[int, int]) -> InContext:
-    """The in-context learning score between two windows of positions in the document, each from one up to another.
-
-    Of `repeated_blocks`, early (0, T) and late (T + 1, 2 * T) are the block and its copy, without the token nobody can
-    know. Raises UserError for a window without tokens.
+    The windows are positions in the document, each from one up to another. Of `repeated_blocks`, early (0, T) and late
+    (T + 1, 2 * T) are the block and its copy, without the token nobody can know. Losses may be differences of losses on
+    the same text: their score is the difference of the scores. Raises UserError for a window without tokens.
     """
     totals = []
     for first, end in (late, early):
@@ -174,10 +164,4 @@ def in_context(losses_BL: np.ndarray, batch: Batch, early: tuple[int, int], late
         if not counted_BL.any():
             raise UserError(f"positions {first} to {end}: no token of the batch; expected some in both windows")
         totals += [np.sum(losses_BL * counted_BL, axis=1, dtype=np.float64), counted_BL.sum(axis=1, dtype=np.float64)]
-    totals_BK = np.column_stack(totals)
-    low, high = interval(totals_BK, _difference)
-    return InContext(float(_difference(totals_BK.sum(0))), float(low), float(high))
-
-
-def _difference(totals: np.ndarray) -> np.ndarray:
-    return totals[..., 0] / totals[..., 1] - totals[..., 2] / totals[..., 3]
+    return bootstrap(lambda late, of_late, early, of_early: late / of_late - early / of_early, *totals)

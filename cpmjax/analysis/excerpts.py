@@ -1,11 +1,11 @@
-"""Few steps of a series, few rows of its text, those a run has read, and what other rows would have said.
+"""A few of the steps of a series, a few rows of its text at a time, and the rows that a run has read.
 
-B rows, L tokens a row, K totals of a row.
+B rows, L tokens a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -14,8 +14,6 @@ from cpmjax.checkpoint.series import Series
 from cpmjax.data.batches import Batch
 from cpmjax.data.text import Text, make_mixture, open_stores, segments
 from cpmjax.run.errors import UserError
-
-LEVEL = 0.95  # of an interval
 
 
 def spread(steps: Sequence[int], number: int) -> list[int]:
@@ -27,21 +25,6 @@ def parts(batch: Batch, rows: int) -> Iterator[Batch]:
     """A batch of arrays [B, ...] in batches of at most `rows` rows, in order."""
     for start in range(0, len(batch["tokens"]), rows):
         yield {key: values[start : start + rows] for key, values in batch.items()}
-
-
-def interval(
-    totals_BK: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], draws: int = 1000, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """The 2.5 % and 97.5 % points of a statistic when rows are drawn again with replacement (Efron 1979).
-
-    Rows and not tokens: those of one document are not independent. `statistic` sees the totals of many draws, [draws,
-    K], and gives one value, or one array, for each: a mean loss is the ratio of two totals.
-    """
-    rows = len(totals_BK)
-    counts = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=draws)
-    found = statistic(counts @ np.asarray(totals_BK, np.float64))
-    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    return low, high
 
 
 def rows_read(series: Series, rows: int, last: int) -> Batch:

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cpmjax.analysis.excerpts import interval, parts
+from cpmjax.analysis.excerpts import parts
+from cpmjax.analysis.rows import bootstrap
 from cpmjax.data.batches import Batch
 from cpmjax.data.tokenizer import Tokenizer
 from cpmjax.model.loss import batch_losses
@@ -46,7 +47,7 @@ class Shares:
     tokens: np.ndarray  # weighted tokens in each class
     before: np.ndarray  # nats, summed
     after: np.ndarray
-    low: np.ndarray  # 2.5 % and 97.5 % points of `share`, by drawing rows again
+    low: np.ndarray  # between these `share` lies for 95 of 100 other samples of the rows
     high: np.ndarray
 
     @property
@@ -83,11 +84,11 @@ def shares(
     """A drop from one loss of each token to another, divided among classes."""
     nats = [np.asarray(losses_BL, np.float64) * weights_BL for losses_BL in (before_BL, after_BL)]
     each_BLC = classes_BL[..., None] == np.arange(len(names))
-    tokens, before, after = (
-        np.einsum("bl,blc->bc", np.asarray(values_BL, np.float64), each_BLC) for values_BL in (weights_BL, *nats)
+    tokens_CB, before_CB, after_CB = (
+        np.einsum("bl,blc->cb", np.asarray(values_BL, np.float64), each_BLC) for values_BL in (weights_BL, *nats)
     )
-    low, high = interval(before - after, lambda drop: drop / drop.sum(axis=-1, keepdims=True))
-    return Shares(names, tokens.sum(0), before.sum(0), after.sum(0), low, high)
+    found = bootstrap(lambda drop: drop / drop.sum(axis=0), before_CB - after_CB)
+    return Shares(names, tokens_CB.sum(1), before_CB.sum(1), after_CB.sum(1), found.low, found.high)
 
 
 def token_counts(batch: Batch, vocabulary: int) -> np.ndarray:

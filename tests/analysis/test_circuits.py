@@ -88,8 +88,9 @@ def test_an_induction_head_made_by_hand_is_found():
     assert induction.mean[1, 0] == pytest.approx(induction.floor, abs=1e-6)
     assert before.floor == pytest.approx(np.mean([1 / (i + 1) for i in range(1, 24)]))
     assert induction.floor == pytest.approx(np.mean([1 / (i + 1) for i in range(13, 24)]))
-    low, high = induction.interval()
-    assert low.shape == (2, 2) and (low <= induction.mean + 1e-9).all() and (induction.mean <= high + 1e-9).all()
+    found = induction.interval()
+    np.testing.assert_allclose(found.value, induction.mean)
+    assert (found.low <= found.value + 1e-9).all() and (found.value <= found.high + 1e-9).all()
 
 
 def test_attention_from_taps_is_the_models_own():
@@ -167,7 +168,7 @@ def test_the_in_context_score_is_late_less_early():
     losses = np.where(rows["positions"] >= 5, 1.0, 3.0).astype(np.float32)
     losses[:, 20:] = 100  # padding
     found = in_context(losses, rows, early=(0, 5), late=(5, 10))
-    assert (found.score, found.low, found.high) == pytest.approx((-2, -2, -2))
-    assert in_context(losses, rows, early=(4, 6), late=(6, 10)).score == pytest.approx(-1)
+    assert (found.value, found.low, found.high) == pytest.approx((-2, -2, -2))
+    assert in_context(losses, rows, early=(4, 6), late=(6, 10)).value == pytest.approx(-1)
     with pytest.raises(UserError, match="positions 50 to 60: no token"):
         in_context(losses, rows, early=(0, 5), late=(50, 60))
