@@ -133,7 +133,7 @@ def drift(
 ) -> np.ndarray:
     """float64 [steps, S]: the CKA of each depth at each step with the same depth at the step `reference`.
 
-    Two checkpoints and the sums of one pair are in memory; of the hidden states only those of `rows` rows.
+    In memory are two checkpoints, the hidden states of `rows` rows, and three sums [D, D] in float64 for each depth.
     """
     fixed = series.model(reference)
     found = []

@@ -169,6 +169,7 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer(tokenizer, tmp_path):
 # Memorisation.
 
 
+@pytest.mark.slow
 def test_extractable_is_what_the_sampler_continues():
     """Windows that the sampler itself wrote, and the same with one token of the continuation changed."""
     config = replace(CONFIG, init_std=0.6)  # so that the most probable token leads by far
@@ -201,6 +202,7 @@ def test_windows_stay_within_a_document():
 def test_exposure_is_a_rank_in_bits():
     others = np.arange(1, 16, dtype=float)  # 15 of them
     np.testing.assert_allclose(study.exposure(np.array([0.5, 1.5, 99]), others), [4, 3, 0])
+    assert study.exposure(np.array([2.0]), others) == 3  # as probable as another one: that is not above it
 
 
 def test_a_canary_that_was_never_trained_has_the_expected_exposure():
@@ -229,6 +231,7 @@ def test_parts_are_the_batch():
     np.testing.assert_array_equal(np.concatenate([part["targets"] for part in found]), batch["targets"])
 
 
+@pytest.mark.slow
 def test_rows_read_are_those_the_run_trained_on(tmp_path_factory):
     """The loss that the log has of a step is that of its rows before the step; also of a branch, by its trunk."""
     folder = tmp_path_factory.mktemp("read")
