@@ -18,13 +18,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cpmjax.analysis.ledger import opened_ledger
 from cpmjax.analysis.spectra import Spectrum, circuits, effective_rank, mup_norm, overlap, spectrum, stable_rank
 from cpmjax.analysis.trajectory import moves
 from cpmjax.checkpoint.series import Series
 from cpmjax.model.weights import Weights
-from cpmjax.run.directory import Lines, RunDirectory, only_writer
 from cpmjax.run.errors import UserError
-from cpmjax.run.identity import fingerprint
 from cpmjax.run.table import Row, read_csv, write_csv
 
 DIRECTIONS = 16  # leading singular directions whose turning is followed
@@ -80,19 +79,13 @@ def run_atlas(
     UserError as `measure`, for a directory with the atlas of another series, and if another process writes it.
     """
     directory, plan = Path(directory), _plan(series, steps, layers)
-    with only_writer(directory, "atlas"):
-        ledger = Lines(directory / "ledger.jsonl")
-        try:
-            known = _known(ledger, series)
-            missing = [unit for unit in plan if unit.name not in known]
-            before = len(plan) - len(missing)
-            progress(before, len(plan))
-            for done, (unit, rows) in enumerate(_measure(series, missing), before + 1):
-                ledger.append({"unit": unit.name, "rows": rows})
-                known[unit.name] = rows
-                progress(done, len(plan))
-        finally:
-            ledger.close()
+    with opened_ledger(directory, "atlas", series) as known:
+        missing = [unit for unit in plan if unit.name not in known]
+        before = len(plan) - len(missing)
+        progress(before, len(plan))
+        for done, (unit, rows) in enumerate(_measure(series, missing), before + 1):
+            known[unit.name] = rows
+            progress(done, len(plan))
         found = [row for unit in plan for row in known[unit.name]]
         write_csv(directory / "atlas.csv", found)
     return found
@@ -101,17 +94,6 @@ def run_atlas(
 def read_atlas(directory: str | Path) -> list[Row]:
     """The rows that `run_atlas` wrote; what a row lacks is no key of it. Raises UserError if there is no atlas."""
     return read_csv(Path(directory) / "atlas.csv")
-
-
-def _known(ledger: Lines, series: Series) -> dict[str, list[Row]]:
-    """{name of a unit: its rows} of a ledger of this series, which begins here if it is new."""
-    made = {"fingerprint": fingerprint(series.config), "created": RunDirectory(series.path).provenance()["created"]}
-    lines = Lines.read(ledger.path)
-    if not lines:
-        ledger.append({"series": made})
-    elif lines[0].get("series") != made:
-        raise UserError(f"{ledger.path}: is of another series; expected one of {series.path}, or another directory")
-    return {line["unit"]: line["rows"] for line in lines[1:]}
 
 
 def _plan(series: Series, steps: Sequence[int], layers: Sequence[int]) -> list[_Unit]:

@@ -10,7 +10,7 @@ N checkpoints, S places on a line, P points, K checkpoints or directions mixed, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -106,12 +106,19 @@ class Barriers:
         return bootstrap(partial(barrier, self.shares_S), self.losses_SNNR)
 
 
-def barriers(checkpoints: Sequence[tuple[Series, int]], batch: dict[str, Any], inside: int = 3) -> Barriers:
+def barriers(
+    checkpoints: Sequence[tuple[Series, int]],
+    batch: dict[str, Any],
+    inside: int = 3,
+    known: MutableMapping[str, Any] | None = None,
+) -> Barriers:
     """Over all pairs of checkpoints (series, step), of one series or of several, at so many places inside each line.
 
-    Costs N + N (N - 1) / 2 * inside forward passes. Two checkpoints are in memory; each is read N times at most. Raises
+    Costs N + N (N - 1) / 2 * inside forward passes. Two checkpoints are in memory; each is read N times at most. `known`
+    has the losses of pairs that were computed before, for the same batch, and gets the others: a ledger, say. Raises
     UserError if the series have different models.
     """
+    known = {} if known is None else known
     loss, count = RowLosses.of(checkpoints[0][0]), len(checkpoints)
     for series, _ in checkpoints:
         if series.config.model != loss.model:
@@ -125,7 +132,10 @@ def barriers(checkpoints: Sequence[tuple[Series, int]], batch: dict[str, Any], i
             losses_SNNR[0, i], losses_SNNR[-1, :, i], losses_SNNR[:, i, i] = own_R, own_R, own_R
             for j in range(i + 1, count):
                 other, at = checkpoints[j]
-                losses_SNNR[1:-1, i, j] = losses_between(loss, one, other.parameters(at), shares_S[1:-1], batch)
+                pair = f"{series.name} {step}, {other.name} {at}"
+                if pair not in known:
+                    known[pair] = losses_between(loss, one, other.parameters(at), shares_S[1:-1], batch).tolist()
+                losses_SNNR[1:-1, i, j] = known[pair]
                 losses_SNNR[1:-1, j, i] = losses_SNNR[1:-1, i, j][::-1]
                 progress.update()
     return Barriers(shares_S, losses_SNNR)

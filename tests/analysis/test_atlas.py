@@ -102,7 +102,7 @@ def test_a_killed_atlas_goes_on_and_does_nothing_twice(series, rows, tmp_path, a
     assert atlas.run_atlas(series, STEPS, LAYERS, tmp_path) == rows == atlas.read_atlas(tmp_path)
     slices = sum("head" not in row for row in rows)
     assert len(measured) == slices - min(at, slices)
-    units = [line["unit"] for line in Lines.read(ledger)[1:]]
+    units = [line["piece"] for line in Lines.read(ledger)[1:]]
     assert len(units) == len(set(units))
 
 
@@ -130,7 +130,9 @@ def test_the_atlas_of_another_series_is_refused(series, tmp_path):
     (provenance := other.path / "provenance.json").write_text(
         provenance.read_text().replace('"created": "2', '"created": "1')
     )
-    with pytest.raises(UserError, match=r"ledger.jsonl: is of another series; expected one of .*run"):
+    with pytest.raises(
+        UserError, match=r"ledger.jsonl: is of another series, or was asked otherwise; expected one of .*run"
+    ):
         atlas.run_atlas(Series(other.path), [10], [], tmp_path / "atlas")
     shutil.copytree(series.path, tmp_path / "copy")
     atlas.run_atlas(Series(tmp_path / "copy"), [10], [], tmp_path / "atlas")  # the same one, elsewhere
