@@ -10,14 +10,17 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import jobs
 import numpy as np
 import pytest
 from small_series import EARLY, LATE, ROOT, STEPS, command, environment, small_series
 
 import cpmjax
+from cpmjax.analysis.text import text_rows
 from cpmjax.model.parameters import flat
 from cpmjax.run import cli
+from cpmjax.run.directory import Lines
 from cpmjax.run.errors import UserError
 from cpmjax.run.schedule import WSD, Cosine
 from cpmjax.run.table import read_csv
@@ -132,33 +135,47 @@ def test_a_run_is_no_place_for_a_series(tmp_path):
     )
 
 
+def look(study: str, *arguments: str) -> str:
+    """What a study of a run prints, or its error."""
+    command = [sys.executable, "-m", "cpmjax.study", study, *arguments]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    return done.stdout if done.returncode == 0 else jobs.error_line(done.returncode, done.stderr)
+
+
 @pytest.mark.slow
 def test_an_atlas_of_a_run(folder, tmp_path):
-    argv = [
-        sys.executable,
-        "-m",
-        "cpmjax.study",
-        "atlas",
-        str(folder),
-        "--layers=1",
-        f"--directory={tmp_path / 'atlas'}",
-    ]
-
-    def atlas(*more: str) -> str:
-        done = subprocess.run([*argv, *more], env=environment(), capture_output=True, text=True)
-        return done.stdout if done.returncode == 0 else jobs.error_line(done.returncode, done.stderr)
-
-    assert f"rows in {tmp_path / 'atlas' / 'atlas.csv'}; notebooks/atlas_of_weights.ipynb" in atlas("--steps=48,54")
-    rows = {(row["step"], row["path"], row.get("layer")): row for row in read_csv(tmp_path / "atlas" / "atlas.csv")}
+    argv = ("atlas", str(folder), "--layers=1", f"--directory={tmp_path}")
+    assert f"rows in {tmp_path / 'atlas.csv'}; notebooks/atlas_of_weights.ipynb" in look(*argv, "--steps=48,54")
+    rows = {(row["step"], row["path"], row.get("layer")): row for row in read_csv(tmp_path / "atlas.csv")}
     series = cpmjax.Series(folder)
-    change = np.asarray(flat(series.parameters(54))["layers/gate"]) - np.asarray(
-        flat(series.parameters(48))["layers/gate"]
-    )
+    before, after = (np.asarray(flat(series.parameters(step))["layers/gate"]) for step in (48, 54))
     found = rows[54, "layers/gate", 1]
-    assert found["update"] == pytest.approx(np.linalg.norm(change[1]), rel=1e-5)
-    assert found["update_largest_singular_value"] == pytest.approx(np.linalg.norm(change[1], 2), rel=1e-5)
+    assert found["update"] == pytest.approx(np.linalg.norm((after - before)[1]), rel=1e-5)
+    assert found["update_largest_singular_value"] == pytest.approx(np.linalg.norm((after - before)[1], 2), rel=1e-5)
     assert "stable_rank" not in rows[54, "layers/gate", 0]
-    assert atlas("--steps=48,55").startswith(f"{folder / 'trunk'} has no checkpoint of step 55: expected one of ")
-    assert atlas("--run.seed=1") == (
-        "command line: unexpected --run.seed=1; expected one run, which says everything else itself"
-    )
+    missing = look(*argv, "--steps=48,55")
+    assert missing.startswith(f"{folder / 'trunk'} has no checkpoint of step 55: expected one of ")
+    unexpected = "command line: unexpected --run.seed=1; expected one run, which says everything else itself"
+    assert look(*argv, "--run.seed=1") == unexpected
+
+
+@pytest.mark.slow
+def test_barriers_of_a_run(folder, tmp_path):
+    argv = ("barriers", str(folder / "decay20"), "--corpus=code", "--rows=4", "--inside=1", f"--directory={tmp_path}")
+    assert f"1 pairs in {tmp_path / 'barriers.csv'}; the highest, " in look(*argv, "--steps=6,60")
+    assert "3 pairs in " in look(*argv, "--steps=6,48,60")
+    pieces = [line.get("piece") for line in Lines.read(tmp_path / "ledger.jsonl")[1:]]
+    assert pieces == ["decay20 6, decay20 60", "decay20 6, decay20 48", "decay20 48, decay20 60"]  # none twice
+
+    series = cpmjax.Series(folder / "decay20")
+    batch = text_rows(series, "code", 4)
+    ends = [series.parameters(step) for step in (6, 60)]
+    middle = float(series.loss_of(jax.tree.map(lambda x, y: (x + y) / 2, *ends), batch))
+    losses = {row["step"]: row["loss"] for row in read_csv(tmp_path / "losses.csv")}
+    assert [losses[6], losses[60]] == pytest.approx([series.loss(6, batch), series.loss(60, batch)], abs=1e-5)
+    (found,) = [row for row in read_csv(tmp_path / "barriers.csv") if (row["from"], row["to"]) == (6, 60)]
+    assert found["barrier"] == pytest.approx(max(0, middle - (losses[6] + losses[60]) / 2), abs=1e-5)
+
+    assert "ledger.jsonl: is of another series, or was asked otherwise" in look(*argv, "--rows=5")
+    assert look(*argv, "--steps=6").startswith("--steps: a barrier is between two checkpoints")
+    assert "expected one of standard_library" in look(*argv, "--corpus=nothing")

@@ -114,9 +114,9 @@ def barriers(
 ) -> Barriers:
     """Over all pairs of checkpoints (series, step), of one series or of several, at so many places inside each line.
 
-    Costs N + N (N - 1) / 2 * inside forward passes. Two checkpoints are in memory; each is read N times at most. `known`
-    has the losses of pairs that were computed before, for the same batch, and gets the others: a ledger, say. Raises
-    UserError if the series have different models.
+    Costs N + N (N - 1) / 2 * inside forward passes. Two checkpoints are in memory; each is read N times at most.
+    `known` has the losses of pairs that were computed before, for the same batch, and gets the others: a ledger, say.
+    Raises UserError if the series have different models.
     """
     known = {} if known is None else known
     loss, count = RowLosses.of(checkpoints[0][0]), len(checkpoints)

@@ -45,8 +45,8 @@ def opened_ledger(directory: Path, study: str, series: Series, **settings: Any) 
                 lines.append({"of": made})
             elif head["of"] != made:
                 raise UserError(
-                    f"{lines.path}: is of another series, or was asked otherwise; expected one of {series.path} with the "
-                    "same settings, or another directory"
+                    f"{lines.path}: is of another series, or was asked otherwise; expected one of {series.path} with "
+                    "the same settings, or another directory"
                 )
             yield Ledger(lines, {line["piece"]: line["result"] for line in rest})
         finally:

@@ -130,9 +130,7 @@ def test_the_atlas_of_another_series_is_refused(series, tmp_path):
     (provenance := other.path / "provenance.json").write_text(
         provenance.read_text().replace('"created": "2', '"created": "1')
     )
-    with pytest.raises(
-        UserError, match=r"ledger.jsonl: is of another series, or was asked otherwise; expected one of .*run"
-    ):
+    with pytest.raises(UserError, match=r"ledger.jsonl: is of another series, .*; expected one of .*run"):
         atlas.run_atlas(Series(other.path), [10], [], tmp_path / "atlas")
     shutil.copytree(series.path, tmp_path / "copy")
     atlas.run_atlas(Series(tmp_path / "copy"), [10], [], tmp_path / "atlas")  # the same one, elsewhere
