@@ -62,7 +62,8 @@ def environment() -> dict[str, str]:
 
 def small_series(factory: pytest.TempPathFactory) -> Path:
     """The folder of the small series; the first of the processes of a session to ask for it makes it."""
-    common = factory.getbasetemp().parent / "small_series"
+    base = factory.getbasetemp()  # of this process, if there are several
+    common = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "small_series"
     common.mkdir(exist_ok=True)
     with open(common / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
