@@ -169,9 +169,9 @@ def test_every_study_of_the_readme_and_of_the_family(folder):
 def test_the_series_of_the_readme_and_its_atlas(folder, tmp_path_factory):
     """The series itself is made small (`small_series`); the atlas is that of the README."""
     found = [shlex.split(command)[3:] for command in commands() if re.search("cpmjax.study (series|atlas)", command)]
-    assert found == [["series", "experiments/study.yaml"], ["atlas", "runs/study"]]
+    assert found == [["series", "experiments/study.yaml"], ["atlas", "runs/study/decay20"]]
     (folder / "runs" / "study").symlink_to(small_series(tmp_path_factory))
-    command = [sys.executable, "-m", "cpmjax.study", "atlas", "runs/study", "--directory=runs/atlas"]
+    command = [sys.executable, "-m", "cpmjax.study", "atlas", "runs/study/decay20", "--directory=runs/atlas"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and "runs/atlas/atlas.csv" in done.stdout, done.stderr
 
