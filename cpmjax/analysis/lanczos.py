@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cpmjax.analysis.derivatives import inner
+from cpmjax.analysis.derivatives import inner, products
 from cpmjax.model.parameters import Tree
 
 Operator = Callable[[Tree], Tree]
@@ -125,9 +125,11 @@ def _put(basis_M: Tree, place: int, vector: Tree) -> Tree:
 def _orthogonal(vector: Tree, basis_M: Tree) -> tuple[Tree, jax.Array]:
     """(What is left of a vector without its parts along the basis, of norm 1; its norm before). Rows of the basis that
     are not there yet are 0, and take nothing."""
-    for _ in range(2):  # what rounding leaves the first time
-        parts = jax.tree.map(lambda stack, x: stack.reshape(len(stack), -1) @ x.reshape(-1), basis_M, vector)
-        shares_M = sum(jax.tree.leaves(parts))
-        vector = jax.tree.map(lambda stack, x: x - jnp.tensordot(shares_M, stack, 1), basis_M, vector)
+
+    def without(vector: Tree) -> Tree:
+        shares_M = products(basis_M, jax.tree.map(lambda x: x[None], vector))[:, 0]
+        return jax.tree.map(lambda stack, x: x - jnp.tensordot(shares_M, stack, 1), basis_M, vector)
+
+    vector = without(without(vector))  # the second time, what rounding left the first time
     norm = jnp.sqrt(inner(vector, vector))
     return jax.tree.map(lambda x: x / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny), vector), norm

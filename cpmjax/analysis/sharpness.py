@@ -78,7 +78,7 @@ def preconditioner(series: Series, step: int) -> Tree | None:
             f"{series.path}: its optimizer is {type(config).__name__}, state_dtype {config.state_dtype}; "
             "expected AdamW with moments in float32 or bfloat16"
         )
-    moments = _moments(state)
+    moments = _adam(state)
     correction = 1 - config.beta2 ** float(moments["count"])
 
     def leaf(nu: jax.Array, scale: mup.LeafScales) -> jax.Array:
@@ -103,13 +103,12 @@ def outermost(
     """By Lanczos, from a vector of random signs in the shape of `like`, until both residuals are at most `tolerance`
     times the largest eigenvalue, or after `most` products: look at the residuals."""
     found = lanczos.lanczos(operator, lanczos.random_signs(jax.random.key(seed), like), most, tolerance)
-    values, residuals = found.values, found.residuals
-    return Sharpness(step, values[-1], residuals[-1], values[0], residuals[0], len(values))
+    top, bottom = (float(residual) for residual in found.residuals[[-1, 0]])
+    return Sharpness(step, found.top, top, found.bottom, bottom, len(found.values))
 
 
-def _moments(state: Tree) -> Tree:
-    """{"count", "mu", "nu"}, the innermost state of Adam in the nested dicts of a whole chain."""
-    if "nu" in state and "count" in state:
+def _adam(state: Tree) -> Tree:
+    """{"count", "mu", "nu"}, the part of Adam in the state of a whole chain, nested dicts; {} if there is none."""
+    if "nu" in state:
         return state
-    found = [_moments(part) for part in state.values() if isinstance(part, dict)]
-    return next((part for part in found if part), {})
+    return next((found for part in state.values() if isinstance(part, dict) and (found := _adam(part))), {})
