@@ -4,13 +4,15 @@ usage: python -m cpmjax.study STUDY [EXPERIMENT.yaml] [--flag=value ...] [--sect
 
 A study trains many small models that differ in a few things only. Its trials, a table of them and its figures go to
 runs/STUDY, or to --run.directory; the same command goes on after a kill, and does nothing twice. The exit code is 0 if
-all that the study asks holds, 1 if not.
+all that the study asks holds, 1 if not. `series` trains what the notebooks look into.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
+import subprocess
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -20,21 +22,22 @@ from typing import Any
 
 from cpmjax.model.presets import PRESETS
 from cpmjax.parallel.machine import machine
-from cpmjax.run import cli
+from cpmjax.run import cli, flags
 from cpmjax.run.config import Config
-from cpmjax.run.directory import now, versions, write_atomically
+from cpmjax.run.directory import now, only_writer, versions, write_atomically
 from cpmjax.run.errors import UserError
 from cpmjax.run.identity import fingerprint
 from cpmjax.run.optimizers import WeightDecayMode
-from cpmjax.run.table import Row, write_csv
-from cpmjax.tunnel import coordinate_check, figures, transfer
+from cpmjax.run.table import Row, aligned, write_csv
+from cpmjax.tunnel import coordinate_check, figures, series, transfer
 from cpmjax.tunnel.faults import FAULTS, table_of
 from cpmjax.tunnel.sizes import Axis, make_axis
 from cpmjax.tunnel.trials import Trial, Trials
 from cpmjax.tunnel.verdicts import Verdict, describe
 from cpmjax.tunnel.workbench import Workbench
 
-_EXPERIMENT = Path(__file__).parents[1] / "experiments" / "tunnel" / "family.yaml"
+_EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+_FAMILY, _SERIES = _EXPERIMENTS / "tunnel" / "family.yaml", _EXPERIMENTS / "study.yaml"
 
 
 def main(argv: list[str]) -> int:
@@ -84,6 +87,43 @@ def study_transfer(arguments: argparse.Namespace, config: Config) -> int:
     figures.save(figures.transfer(families), trials.directory / "transfer.png")
     found = [verdict for family in families for verdict in transfer.verdicts(family)]
     return conclude("transfer", config, trials, arguments, found)
+
+
+def study_series(arguments: argparse.Namespace, config: Config) -> int:
+    """Trains the runs that the notebooks study, one after the other, each by a training job of its own."""
+    members = series.members(config, arguments.cosine_peak)
+    root = Path(config.run.directory)
+    if (root / "config.yaml").exists():
+        raise UserError(f"{root} is a run; expected a directory of its own for a series")
+    with only_writer(root, "series"):
+        for number, (name, member) in enumerate(members.items(), 1):
+            _say(f"run {number}/{len(members)}: {name}")
+            experiment = root / f"{name}.yaml"
+            write_atomically(experiment, cli.dump(member))
+            code = _train(experiment)
+            if code:
+                _say(f"{name} ended with code {code}; the same command goes on from there")
+                return code
+        rows = series.results(config, list(members))
+        write_csv(root / "series.csv", rows)
+    print(aligned([list(rows[0]), *([_shown(row.get(key)) for key in rows[0]] for row in rows)]))
+    return 0
+
+
+def _train(experiment: Path) -> int:
+    """The exit code of a training job; a wish to stop is passed on to it, and its answer is ours."""
+    with subprocess.Popen([sys.executable, "-m", "cpmjax.train", str(experiment)]) as job:
+        before = signal.signal(signal.SIGTERM, lambda number, _: job.send_signal(number))
+        try:
+            return job.wait()
+        except KeyboardInterrupt:  # the terminal has told the job as well
+            return job.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def _axes(**values: list[Any]) -> list[Axis]:
@@ -157,14 +197,17 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     studies = parser.add_subparsers(title="studies", metavar="STUDY", required=True, dest="name")
     _add_coordinate_check(studies)
     _add_transfer(studies)
+    _add_series(studies)
     arguments, rest = parser.parse_known_args(argv)
     for argument in rest:
         if argument.startswith("-") and "." not in argument.partition("=")[0]:
-            flags = ", ".join(f"--{key.replace('_', '-')}" for key in vars(arguments) if key not in ("study", "name"))
-            raise UserError(f"command line: unknown flag {argument}; expected one of {flags}, or --section.key=value")
+            hidden = ("study", "name", "experiment")
+            known = ", ".join(f"--{key.replace('_', '-')}" for key in vars(arguments) if key not in hidden)
+            raise UserError(f"command line: unknown flag {argument}; expected one of {known}, or --section.key=value")
     if not _names_a_file(rest):
-        rest = [str(_EXPERIMENT), *rest]
+        rest = [str(arguments.experiment), *rest]
     study = vars(arguments).pop("name")
+    del arguments.experiment
     return arguments, cli.load([f"--run.directory=runs/{study}", *rest], PRESETS, __doc__ or "")
 
 
@@ -183,33 +226,44 @@ def _add_coordinate_check(studies: Any) -> None:
     )
     parser.add_argument(
         "--widths",
-        type=_whole_numbers,
+        type=flags.whole_numbers,
         default=[64, 128, 256, 512],
         help="a slope over less than 8 times the width is mostly noise (default: 64,128,256,512)",
     )
     parser.add_argument(
-        "--layers", type=_whole_numbers, default=[2, 4, 8, 16], help="empty: widths only (default: 2,4,8,16)"
+        "--layers", type=flags.whole_numbers, default=[2, 4, 8, 16], help="empty: widths only (default: 2,4,8,16)"
     )
     parser.add_argument("--controls", action="store_true", help="plant faults as well: each must be caught")
     _add_common(parser, ["minicpm"])
-    parser.set_defaults(study=study_coordinate_check)
+    parser.set_defaults(study=study_coordinate_check, experiment=_FAMILY)
 
 
 def _add_transfer(studies: Any) -> None:
     parser = studies.add_parser("transfer", help="does the best learning rate stay the best one as the model grows?")
     parser.add_argument(
-        "--widths", type=_whole_numbers, help="(default: 32,64,128,256, unless layers or sizes are given)"
+        "--widths", type=flags.whole_numbers, help="(default: 32,64,128,256, unless layers or sizes are given)"
     )
     parser.add_argument(
-        "--layers", type=_whole_numbers, default=[], help="numbers of layers, at the experiment's width"
+        "--layers", type=flags.whole_numbers, default=[], help="numbers of layers, at the experiment's width"
     )
-    parser.add_argument("--sizes", type=_names, default=[], help="presets, as in tunnel-9m,tunnel-30m")
+    parser.add_argument("--sizes", type=flags.names, default=[], help="presets, as in tunnel-9m,tunnel-30m")
     parser.add_argument("--rates", type=_rates, default=_RATES, help=f"(default: {','.join(map(str, _RATES))})")
     parser.add_argument(
         "--weight-decay-modes", type=_decay_modes, default=["coupled"], help="coupled,scaled,independent"
     )
     _add_common(parser, ["minicpm", "standard"])
-    parser.set_defaults(study=study_transfer)
+    parser.set_defaults(study=study_transfer, experiment=_FAMILY)
+
+
+def _add_series(studies: Any) -> None:
+    parser = studies.add_parser("series", help="trains a trunk, its decays and what they are compared with")
+    parser.add_argument(
+        "--cosine-peak",
+        type=flags.positive_number,
+        default=2.0,
+        help="the cosine's peak, in those of the others (default: 2)",
+    )
+    parser.set_defaults(study=study_series, experiment=_SERIES)
 
 
 _TRANSFER_WIDTHS = [32, 64, 128, 256]
@@ -217,7 +271,7 @@ _RATES = [0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08]
 
 
 def _add_common(parser: argparse.ArgumentParser, names: list[str]) -> None:
-    parser.add_argument("--seeds", type=_positive, default=3, help="trials of each kind (default: 3)")
+    parser.add_argument("--seeds", type=flags.positive, default=3, help="trials of each kind (default: 3)")
     parser.add_argument(
         "--parametrisations",
         type=_parametrisations,
@@ -226,27 +280,9 @@ def _add_common(parser: argparse.ArgumentParser, names: list[str]) -> None:
     )
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _whole_numbers(text: str) -> list[int]:
-    try:
-        return [int(number) for number in _names(text)]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected whole numbers with commas between them, got {text!r}") from error
-
-
-def _positive(text: str) -> int:
-    (number,) = _whole_numbers(text) or (0,)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
-    return number
-
-
 def _rates(text: str) -> list[float]:
     try:
-        rates = [float(rate) for rate in _names(text)]
+        rates = [float(rate) for rate in flags.names(text)]
     except ValueError as error:
         raise UserError(f"--rates = {text}: expected numbers with commas between them") from error
     for rate in rates:
@@ -258,7 +294,7 @@ def _rates(text: str) -> list[float]:
 
 
 def _decay_modes(text: str) -> list[str]:
-    modes, known = _names(text), typing.get_args(WeightDecayMode)
+    modes, known = flags.names(text), typing.get_args(WeightDecayMode)
     unknown = [mode for mode in modes if mode not in known]
     if unknown or not modes:
         raise UserError(f"--weight-decay-modes = {text}: expected some of {', '.join(known)}")
@@ -266,7 +302,7 @@ def _decay_modes(text: str) -> list[str]:
 
 
 def _parametrisations(text: str) -> list[str]:
-    names = list(dict.fromkeys(_names(text)))
+    names = list(dict.fromkeys(flags.names(text)))
     if not names:
         raise UserError("--parametrisations: expected at least one name")
     for name in names:
