@@ -28,6 +28,7 @@ from cpmjax.analysis.derivatives import Loss, LossOf, difference, gradients, hvp
 from cpmjax.checkpoint.series import Series
 from cpmjax.model.parameters import Tree
 from cpmjax.run.errors import UserError
+from cpmjax.run.table import aligned
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,26 @@ def curvature(d1: np.ndarray, d2: np.ndarray) -> np.ndarray:
     return np.abs(d2) / (1 + d1**2) ** 1.5
 
 
+def describe(secants: Iterable[Secant]) -> str:
+    """A table, a line a way: means over batches with their standard error, of different batches the standard deviation
+    over pairs."""
+    rows = [("way", "|v|", "|g1|", "D1", "D2 same batch", "D2 exact", "D2 different batches", "noise")]
+    for secant in secants:
+        rows.append(
+            (
+                f"{secant.first} to {secant.last}",
+                f"{secant.length:.2f}",
+                f"{secant.norms_K.mean():.2f}",
+                _mean(secant.d1_K),
+                _mean(secant.d2_K),
+                "" if secant.exact_K is None else _mean(secant.exact_K),
+                f"{secant.different.mean():.4f}, sd {secant.different.std():.4f}",
+                f"{secant.noise_share:.0%}",
+            )
+        )
+    return aligned(rows)
+
+
 def mean_curvature(loss: LossOf, first: Tree, last: Tree, batch: Any, points: int = 5) -> float:
     """The mean of v . H v / |v|^2 along the way by Gauss-Legendre quadrature: D2 of the same batch, found otherwise."""
     way = difference(last, first)
@@ -152,6 +173,10 @@ def _secant(
         d2_KK=d2_KK,
         exact_K=np.asarray(_rayleigh(loss, at_last, way, batches), np.float64) / square if exact else None,
     )
+
+
+def _mean(values_K: np.ndarray) -> str:
+    return f"{values_K.mean():.4f} +- {values_K.std(ddof=1) / len(values_K) ** 0.5:.4f}"
 
 
 def _off_diagonal(values_KK: np.ndarray) -> np.ndarray:

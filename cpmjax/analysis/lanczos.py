@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +43,12 @@ class Ritz:
         return float(self.values[0])
 
 
-def lanczos(operator: Operator, start: Tree, most: int, tolerance: float | None = None, ends: str = "both") -> Ritz:
-    """At most `most` products with the operator; fewer, once the residuals of the wanted `ends` ("top", "both") are at
-    most `tolerance` times the largest Ritz value, or where the Krylov space of `start` ends. Keeps all vectors.
+def lanczos(
+    operator: Operator, start: Tree, most: int, tolerance: float | None = None, ends: Literal["both", "top"] = "both"
+) -> Ritz:
+    """At most `most` products with the operator; fewer, once the residuals of the wanted `ends` are at most
+    `tolerance` times the largest Ritz value, or where the Krylov space of `start` ends. All vectors are kept:
+    `most` times the memory of one.
     """
     norm = jnp.sqrt(inner(start, start))
     vector = jax.tree.map(lambda x: x / norm, start)
@@ -116,7 +121,7 @@ def _ritz(alphas: list[float], betas: list[float], beyond: float) -> Ritz:
     return Ritz(values, vectors[0] ** 2, np.abs(beyond * vectors[-1]))
 
 
-@jax.jit
+@partial(jax.jit, donate_argnums=0)
 def _put(basis_M: Tree, place: int, vector: Tree) -> Tree:
     return jax.tree.map(lambda stack, x: stack.at[place].set(x), basis_M, vector)
 

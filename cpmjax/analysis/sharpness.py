@@ -18,7 +18,7 @@ it is at work makes steps shorter than this (nu is that of clipped gradients).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -98,11 +98,16 @@ def threshold(series: Series, step: int) -> float | None:
 
 
 def outermost(
-    operator: lanczos.Operator, like: Tree, step: int, most: int = 60, tolerance: float = 0.01, seed: int = 0
+    operator: lanczos.Operator,
+    like: Tree,
+    step: int,
+    most: int = 60,
+    tolerance: float = 0.01,
+    ends: Literal["both", "top"] = "both",
 ) -> Sharpness:
-    """By Lanczos, from a vector of random signs in the shape of `like`, until both residuals are at most `tolerance`
-    times the largest eigenvalue, or after `most` products: look at the residuals."""
-    found = lanczos.lanczos(operator, lanczos.random_signs(jax.random.key(seed), like), most, tolerance)
+    """By Lanczos, from a vector of random signs in the shape of `like`, until the residuals of the wanted ends are at
+    most `tolerance` times the largest eigenvalue, or after `most` products: look at the residuals."""
+    found = lanczos.lanczos(operator, lanczos.random_signs(jax.random.key(0), like), most, tolerance, ends)
     top, bottom = (float(residual) for residual in found.residuals[[-1, 0]])
     return Sharpness(step, found.top, top, found.bottom, bottom, len(found.values))
 
