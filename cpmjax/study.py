@@ -4,7 +4,8 @@ usage: python -m cpmjax.study STUDY [EXPERIMENT.yaml] [--flag=value ...] [--sect
 
 A study trains many small models that differ in a few things only. Its trials, a table of them and its figures go to
 runs/STUDY, or to --run.directory; the same command goes on after a kill, and does nothing twice. The exit code is 0 if
-all that the study asks holds, 1 if not. `series` trains what the notebooks look into.
+all that the study asks holds, 1 if not. `series` trains what the notebooks look into; `atlas RUN` looks itself into the
+weights of a run, of any size.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
+from cpmjax.analysis.atlas import run_atlas
+from cpmjax.checkpoint.series import Series
 from cpmjax.model.presets import PRESETS
 from cpmjax.parallel.machine import machine
 from cpmjax.run import cli, flags
@@ -42,7 +47,7 @@ _FAMILY, _SERIES = _EXPERIMENTS / "tunnel" / "family.yaml", _EXPERIMENTS / "stud
 
 def main(argv: list[str]) -> int:
     arguments, config = parse(argv)
-    return arguments.study(arguments, config)
+    return arguments.study(arguments) if config is None else arguments.study(arguments, config)
 
 
 def study_coordinate_check(arguments: argparse.Namespace, config: Config) -> int:
@@ -126,6 +131,29 @@ def _shown(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
+def study_atlas(arguments: argparse.Namespace) -> int:
+    """What moves in the weights of a run, when, how straight, and with what spectra: slice by slice, at any size."""
+    found = Series(arguments.run)
+    directory = arguments.directory or found.path.with_name(f"{found.name}-atlas")
+    count = found.config.model.layers
+    layers = range(count) if count <= _FEW_LAYERS else (0, count // 2, count - 1)
+    with tqdm(unit="slice", mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total, bar.n = total, done
+            bar.refresh() if done == total else bar.update(0)
+
+        rows = run_atlas(
+            found,
+            arguments.steps or found.steps,
+            [*layers] if arguments.layers is None else arguments.layers,
+            directory,
+            progress,
+        )
+    print(f"{len(rows):,} rows in {directory / 'atlas.csv'}; notebooks/atlas_of_weights.ipynb reads them")
+    return 0
+
+
 def _axes(**values: list[Any]) -> list[Axis]:
     """An axis for each list that is not empty. Raises UserError if all are, or for a list that is no axis."""
     axes = [make_axis(name, sizes, _FLAGS[name]) for name, sizes in values.items() if sizes]
@@ -187,8 +215,9 @@ def conclude(
 # The command line.
 
 
-def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
-    """The flags of the study, and the experiment with the keys that were set. Raises UserError, one line."""
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Config | None]:
+    """The flags of the study, and the experiment with the keys that were set; None if the study is of a run that is
+    there. Raises UserError, one line."""
     parser = cli.Parser(
         prog="python -m cpmjax.study",
         description=(__doc__ or "").partition("usage:")[0],
@@ -198,12 +227,18 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     _add_coordinate_check(studies)
     _add_transfer(studies)
     _add_series(studies)
+    _add_atlas(studies)
     arguments, rest = parser.parse_known_args(argv)
     for argument in rest:
         if argument.startswith("-") and "." not in argument.partition("=")[0]:
             hidden = ("study", "name", "experiment")
             known = ", ".join(f"--{key.replace('_', '-')}" for key in vars(arguments) if key not in hidden)
-            raise UserError(f"command line: unknown flag {argument}; expected one of {known}, or --section.key=value")
+            keys = "" if arguments.experiment is None else ", or --section.key=value"
+            raise UserError(f"command line: unknown flag {argument}; expected one of {known}{keys}")
+    if arguments.experiment is None:
+        if rest:
+            raise UserError(f"command line: unexpected {rest[0]}; expected one run, which says everything else itself")
+        return arguments, None
     if not _names_a_file(rest):
         rest = [str(arguments.experiment), *rest]
     study = vars(arguments).pop("name")
@@ -266,6 +301,18 @@ def _add_series(studies: Any) -> None:
     parser.set_defaults(study=study_series, experiment=_SERIES)
 
 
+def _add_atlas(studies: Any) -> None:
+    parser = studies.add_parser("atlas", help="what moves in the weights of a run, when, and with what spectra")
+    parser.add_argument("run", type=Path, help="a run: trained here, or imported")
+    parser.add_argument("--steps", type=flags.whole_numbers, help="of its checkpoints (default: all)")
+    parser.add_argument(
+        "--layers", type=flags.whole_numbers, help="whose spectra are taken (default: all of 8, else three of them)"
+    )
+    parser.add_argument("--directory", type=Path, help="for the results (default: RUN-atlas)")
+    parser.set_defaults(study=study_atlas, experiment=None)
+
+
+_FEW_LAYERS = 8
 _TRANSFER_WIDTHS = [32, 64, 128, 256]
 _RATES = [0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -128,4 +129,36 @@ def test_a_run_is_no_place_for_a_series(tmp_path):
     done = subprocess.run(command(tmp_path / "study"), env=environment(), capture_output=True, text=True)
     assert jobs.error_line(done.returncode, done.stderr) == (
         f"{tmp_path / 'study'} is a run; expected a directory of its own for a series"
+    )
+
+
+@pytest.mark.slow
+def test_an_atlas_of_a_run(folder, tmp_path):
+    argv = [
+        sys.executable,
+        "-m",
+        "cpmjax.study",
+        "atlas",
+        str(folder),
+        "--layers=1",
+        f"--directory={tmp_path / 'atlas'}",
+    ]
+
+    def atlas(*more: str) -> str:
+        done = subprocess.run([*argv, *more], env=environment(), capture_output=True, text=True)
+        return done.stdout if done.returncode == 0 else jobs.error_line(done.returncode, done.stderr)
+
+    assert f"rows in {tmp_path / 'atlas' / 'atlas.csv'}; notebooks/atlas_of_weights.ipynb" in atlas("--steps=48,54")
+    rows = {(row["step"], row["path"], row.get("layer")): row for row in read_csv(tmp_path / "atlas" / "atlas.csv")}
+    series = cpmjax.Series(folder)
+    change = np.asarray(flat(series.parameters(54))["layers/gate"]) - np.asarray(
+        flat(series.parameters(48))["layers/gate"]
+    )
+    found = rows[54, "layers/gate", 1]
+    assert found["update"] == pytest.approx(np.linalg.norm(change[1]), rel=1e-5)
+    assert found["update_largest_singular_value"] == pytest.approx(np.linalg.norm(change[1], 2), rel=1e-5)
+    assert "stable_rank" not in rows[54, "layers/gate", 0]
+    assert atlas("--steps=48,55").startswith(f"{folder / 'trunk'} has no checkpoint of step 55: expected one of ")
+    assert atlas("--run.seed=1") == (
+        "command line: unexpected --run.seed=1; expected one run, which says everything else itself"
     )
