@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from analysis.synthetic import in_memory
 
 from cpmjax.checkpoint.series import Series
 from cpmjax.checkpoint.store import Checkpoints
-from cpmjax.model.parameters import Tree, flat, specs
+from cpmjax.model.parameters import Tree, specs
 from cpmjax.model.weights import Weights
 from cpmjax.run.config import CheckpointConfig, Config, ModelConfig, RunConfig
 from cpmjax.run.directory import RunDirectory
@@ -77,9 +79,7 @@ def write(
 
 
 def as_weights(parameters: Tree, model: ModelConfig = MODEL) -> Weights:
-    arrays = {path: np.asarray(leaf) for path, leaf in flat(parameters).items()}
-    dtypes = {path: array.dtype for path, array in arrays.items()}
-    return Weights(model, dtypes, lambda path, layer: arrays[path] if layer is None else arrays[path][layer])
+    return in_memory(parameters, dataclasses.asdict(model))
 
 
 def vector(parameters: Tree) -> np.ndarray:
