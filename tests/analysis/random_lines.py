@@ -37,14 +37,20 @@ def tree(seed: int, model: ModelConfig = MODEL, scale: float = 0.3) -> Tree:
 
 def batch(rows: int = 6, length: int = 12, model: ModelConfig = MODEL) -> dict[str, np.ndarray]:
     """Random tokens, one document a row; the first rows count fewer tokens than the others."""
-    draw = np.random.default_rng(0)
-    shape = (rows, length)
+    tokens = np.random.default_rng(0).integers(0, model.vocabulary, (rows, length + 1), np.int32)
+    weights = np.arange(length) >= np.arange(rows)[:, None]
+    return whole_rows(tokens) | {"weights": weights.astype(np.float32)}
+
+
+def whole_rows(tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """The batch that predicts each token but the first of every row, one document a row."""
+    shape = tokens[:, 1:].shape
     return {
-        "tokens": draw.integers(0, model.vocabulary, shape, np.int32),
-        "targets": draw.integers(0, model.vocabulary, shape, np.int32),
-        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), shape),
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
         "segments": np.ones(shape, np.int32),
-        "weights": (np.arange(length) >= np.arange(rows)[:, None]).astype(np.float32),
+        "weights": np.ones(shape, np.float32),
     }
 
 
