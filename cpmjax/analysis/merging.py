@@ -97,6 +97,7 @@ def merged(series: Series, coefficients: Coefficients) -> Weights:
             for start in range(0, len(stored), rows):
                 part = slice(start, start + rows)
                 sums[part] += coefficient * stored[part].astype(FLOAT32)
+            del stored  # before the next one is read
         assert sums is not None  # some coefficient is not 0
         return sums
 

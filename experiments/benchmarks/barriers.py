@@ -1,12 +1,12 @@
 """What a loss between two checkpoints costs, beside a plain forward loss.
 
-    python experiments/benchmarks/barriers.py SERIES [--checkpoints 30] [--rows 8] [--inside 3] [--rounds 3]
+    python experiments/benchmarks/barriers.py SERIES [--checkpoints 30] [--rows 16] [--inside 3] [--rounds 3]
 
 The barrier matrix of so many checkpoints of a series (a run, its parents and its branches; evenly spread): its time,
 reading the checkpoints included, over its evaluations. Whenever it has read a checkpoint, a plain `series.loss_of` on
 the same rows is timed as well, so that whatever else the machine does meets both. Everything is compiled before the
-first round, and read from the page cache. One line of JSON a sample. On the study series (0.8 M parameters) about a
-minute and a half a round on 2 CPU cores.
+first round, and read from the page cache. One line of JSON a sample. On the study series (0.9 M parameters) about
+three minutes a round on 2 CPU cores.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("series", type=Path)
     parser.add_argument("--checkpoints", type=int, default=30)
-    parser.add_argument("--rows", type=int, default=8, help="of held-out text (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=16, help="of held-out text (default: %(default)s)")
     parser.add_argument("--inside", type=int, default=3, help="places between two checkpoints (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()

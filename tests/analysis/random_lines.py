@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from analysis.synthetic import in_memory
 
 from cpmjax.checkpoint.series import Series
 from cpmjax.checkpoint.store import Checkpoints
-from cpmjax.model.parameters import Tree, flat, specs
+from cpmjax.model.parameters import Tree, specs
 from cpmjax.model.weights import Weights
 from cpmjax.run.config import CheckpointConfig, Config, ModelConfig, RunConfig
 from cpmjax.run.directory import RunDirectory
@@ -35,14 +37,20 @@ def tree(seed: int, model: ModelConfig = MODEL, scale: float = 0.3) -> Tree:
 
 def batch(rows: int = 6, length: int = 12, model: ModelConfig = MODEL) -> dict[str, np.ndarray]:
     """Random tokens, one document a row; the first rows count fewer tokens than the others."""
-    draw = np.random.default_rng(0)
-    shape = (rows, length)
+    tokens = np.random.default_rng(0).integers(0, model.vocabulary, (rows, length + 1), np.int32)
+    weights = np.arange(length) >= np.arange(rows)[:, None]
+    return whole_rows(tokens) | {"weights": weights.astype(np.float32)}
+
+
+def whole_rows(tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """The batch that predicts each token but the first of every row, one document a row."""
+    shape = tokens[:, 1:].shape
     return {
-        "tokens": draw.integers(0, model.vocabulary, shape, np.int32),
-        "targets": draw.integers(0, model.vocabulary, shape, np.int32),
-        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), shape),
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
         "segments": np.ones(shape, np.int32),
-        "weights": (np.arange(length) >= np.arange(rows)[:, None]).astype(np.float32),
+        "weights": np.ones(shape, np.float32),
     }
 
 
@@ -77,9 +85,7 @@ def write(
 
 
 def as_weights(parameters: Tree, model: ModelConfig = MODEL) -> Weights:
-    arrays = {path: np.asarray(leaf) for path, leaf in flat(parameters).items()}
-    dtypes = {path: array.dtype for path, array in arrays.items()}
-    return Weights(model, dtypes, lambda path, layer: arrays[path] if layer is None else arrays[path][layer])
+    return in_memory(parameters, dataclasses.asdict(model))
 
 
 def vector(parameters: Tree) -> np.ndarray:

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from analysis import random_lines as lines
+from formats.conversions import HISTORY, expected
 
 from cpmjax.analysis import geometry, interpolation
 from cpmjax.analysis.geometry import Plane
-from cpmjax.analysis.interpolation import barrier, between, losses_between, losses_of_mixtures
+from cpmjax.analysis.interpolation import Barriers, barrier, between, losses_between, losses_of_mixtures
 from cpmjax.analysis.rows import RowLosses
+from cpmjax.formats.loading import load
 from cpmjax.model.loss import mean_loss
 from cpmjax.model.parameters import flat
 from cpmjax.model.transformer import MiniCPM
@@ -100,6 +102,16 @@ def test_a_barrier_is_the_rise_above_the_chord_between_the_ends():
     np.testing.assert_allclose(barrier(shares, losses), [0.5, 0.0])
 
 
+def test_a_line_between_published_checkpoints_ends_at_the_losses_of_the_original_code():
+    numbers = expected()
+    one, other = (load(HISTORY, step) for step in (300_000, 390_000))
+    rows = lines.whole_rows(numbers["eval_input_ids"])
+    losses_SR = losses_between(RowLosses(one.config, COMPUTE), one.parameters, other.parameters, [0, 0.5, 1], rows)
+    wanted = numbers["eval_loss"][np.isin(numbers["steps"], [300_000, 390_000])]
+    np.testing.assert_allclose(losses_SR.mean(1)[[0, 2]], wanted, atol=1e-4)
+    assert barrier(np.array([0, 0.5, 1]), losses_SR.mean(1)) < 1e-3
+
+
 # Pairs.
 
 
@@ -116,17 +128,29 @@ def decay(trunk):
 def test_barriers_between_checkpoints_of_a_trunk_and_its_branch(trunk, decay):
     places = [(trunk, 2), (trunk, 6), (decay, 4), (decay, 6)]
     found = interpolation.barriers(places, BATCH, inside=3)
-    heights = found.heights()
-    np.testing.assert_array_equal(np.diag(heights.value), 0)
-    np.testing.assert_allclose(heights.value, heights.value.T, atol=1e-12)
-    assert (heights.low <= heights.value).all() and (heights.value <= heights.high).all()
-    assert heights.value.max() > 0
+    heights = found.heights().value
+    np.testing.assert_array_equal(np.diag(heights), 0)
+    np.testing.assert_allclose(heights, heights.T, atol=1e-12)
     for i, (series, step) in enumerate(places):
         assert found.losses_NR[i].mean() == pytest.approx(series.loss(step, BATCH), rel=1e-6)
     one, other = decay.parameters(4), trunk.parameters(6)
     line_SR = losses_between(LOSS, one, other, found.shares_S, BATCH)
     np.testing.assert_allclose(found.losses_SNNR[:, 2, 1], line_SR, rtol=1e-6)
-    assert heights.value[1, 2] == pytest.approx(barrier(found.shares_S, line_SR.mean(1)), abs=1e-6)
+    np.testing.assert_allclose(found.losses_SNNR[:, 1, 2], line_SR[::-1], rtol=1e-6)
+
+
+def test_heights_of_barriers():
+    """Of losses made up: the largest rise of each line, with what other rows would say."""
+    draw = np.random.default_rng(0)
+    ends_NR, rise_NN = draw.normal(3, 1, (3, 50)), np.array([[0, 0.2, 0.5], [0.2, 0, -0.4], [0.5, -0.4, 0]])
+    shares_S = np.array([0, 0.25, 0.5, 0.75, 1])
+    chord = ends_NR[:, None] + shares_S[:, None, None, None] * (ends_NR[None] - ends_NR[:, None])
+    bump = np.array([0, 0.5, 1, 0.5, 0])[:, None, None, None] * (rise_NN[..., None] * draw.normal(1, 0.3, 50))
+    found = Barriers(shares_S, chord + bump)
+    heights = found.heights()
+    np.testing.assert_allclose(heights.value, np.maximum(0, bump[2].mean(-1)), atol=1e-9)
+    assert (heights.low[:2, 1:] <= heights.value[:2, 1:]).all() and heights.low[0, 2] < 0.5 < heights.high[0, 2]
+    np.testing.assert_allclose(found.losses_NR, ends_NR)
 
 
 def test_barriers_between_different_models_are_refused(trunk, tmp_path, monkeypatch):

@@ -195,11 +195,7 @@ def test_merges_of_an_imported_history(tmp_path):
     coefficients = merging.lawa(stable, 3)
     explicit = np.mean([theta(history, step) for step in stable[-3:]], axis=0)
     np.testing.assert_allclose(lines.vector(merging.merge(history, coefficients)), explicit, atol=1e-6)
-    tokens = expected()["eval_input_ids"]
-    ones = np.ones_like(tokens[:, 1:])
-    places = np.broadcast_to(np.arange(ones.shape[1], dtype=np.int32), ones.shape)
-    rows = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "positions": places, "segments": ones}
-    rows["weights"] = ones.astype(np.float32)
+    rows = lines.whole_rows(expected()["eval_input_ids"])
     loss = RowLosses.of(history)
     last, merge, decayed = (
         np.asarray(loss(parameters, rows))
