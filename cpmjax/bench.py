@@ -2,7 +2,8 @@
 
 usage: python -m cpmjax.bench train   [--experiment YAML] [--steps N] [--shapes NAME...] [--batches N...]
                                       [--levanter PYTHON] [--text FOLDER] [--rounds N] [--output FILE.json]
-       python -m cpmjax.bench studies [--experiment YAML] [--rounds N] [--rates N] [--seeds N] [--output FILE.json]
+       python -m cpmjax.bench studies [--parts NAME...] [--series RUN] [--folder F] [--experiment YAML] [--rounds N]
+                                      [--rates N] [--seeds N] [--output FILE.json]
        python -m cpmjax.bench convert [--folder F] [--preset NAME] [--rounds N] [--mutants N] [--output FILE.json]
        python -m cpmjax.bench sample  [--folder F] [--shapes NAME...] [--sampling NAME...] [--rounds N] [--rows N]
                                       [--output FILE.json]
@@ -281,9 +282,16 @@ def bench_train(arguments: argparse.Namespace) -> None:
 def bench_studies(arguments: argparse.Namespace) -> None:
     if min(arguments.rounds, arguments.rates, arguments.seeds) < 1:
         raise UserError("--rounds, --rates, --seeds: expected at least 1 of each")
-    experiment, rounds = arguments.experiment, arguments.rounds
-    numbers = (f"--rates={arguments.rates}", f"--seeds={arguments.seeds}", f"--rounds={rounds}")
-    found = measured_by("sweeps.py", str(experiment.absolute()), *numbers)
+    experiment, series, rounds = arguments.experiment, str(arguments.series), f"--rounds={arguments.rounds}"
+    numbers = (f"--rates={arguments.rates}", f"--seeds={arguments.seeds}", rounds)
+    with tempfile.TemporaryDirectory(prefix="cpmjax-bench-") as name:
+        parts = {
+            "sweeps": lambda: measured_by("sweeps.py", str(experiment.absolute()), *numbers),
+            "notebooks": lambda: measured_by("notebooks.py", series, rounds),
+            "barriers": lambda: measured_by("barriers.py", series, rounds),
+            "full-size": lambda: measured_by("studies_2b.py", str(arguments.folder or name)),
+        }
+        found = [measurement for part in arguments.parts for measurement in parts[part]()]
     report("studies", arguments, found, experiment=experiment.name, versions=versions())
 
 
@@ -338,8 +346,14 @@ def main(argv: list[str]) -> None:
     train.add_argument("--steps", type=int, default=60, help="of the runs with a filled cache (default: %(default)s)")
     train.set_defaults(run=bench_train, experiment=_EXPERIMENTS / "wsd.yaml", rounds=3)
     studies = benchmarks.add_parser(
-        "studies", help="a sweep beside one process a trial, trials mapped into one program"
+        "studies", help="a sweep beside one process a trial; what each study takes on a series, and the atlas of a 2B"
     )
+    parts = ["sweeps", "notebooks", "barriers", "full-size"]
+    studies.add_argument("--parts", nargs="+", choices=parts, default=parts, help="(default: all)")
+    studies.add_argument(
+        "--series", type=Path, default="runs/study", help="of python -m cpmjax.study series (default: %(default)s)"
+    )
+    studies.add_argument("--folder", type=Path, help="where the 2B is made and kept (default: a temporary one)")
     studies.add_argument("--rates", type=int, default=12, help="learning rates of the sweep (default: %(default)s)")
     studies.add_argument("--seeds", type=int, default=3, help="seeds of each (default: %(default)s)")
     studies.set_defaults(run=bench_studies, experiment=_EXPERIMENTS / "tunnel" / "family.yaml", rounds=1)

@@ -4,7 +4,8 @@ usage: python -m cpmjax.study STUDY [EXPERIMENT.yaml] [--flag=value ...] [--sect
 
 A study trains many small models that differ in a few things only. Its trials, a table of them and its figures go to
 runs/STUDY, or to --run.directory; the same command goes on after a kill, and does nothing twice. The exit code is 0 if
-all that the study asks holds, 1 if not. `series` trains what the notebooks look into.
+all that the study asks holds, 1 if not. `series` trains what the notebooks look into; `atlas RUN` looks itself into the
+weights of a run, of any size.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
+from cpmjax.analysis.atlas import run_atlas
+from cpmjax.checkpoint.series import Series
 from cpmjax.model.presets import PRESETS
 from cpmjax.parallel.machine import machine
-from cpmjax.run import cli
+from cpmjax.run import cli, flags
 from cpmjax.run.config import Config
 from cpmjax.run.directory import now, only_writer, versions, write_atomically
 from cpmjax.run.errors import UserError
@@ -42,7 +47,7 @@ _FAMILY, _SERIES = _EXPERIMENTS / "tunnel" / "family.yaml", _EXPERIMENTS / "stud
 
 def main(argv: list[str]) -> int:
     arguments, config = parse(argv)
-    return arguments.study(arguments, config)
+    return arguments.study(arguments) if config is None else arguments.study(arguments, config)
 
 
 def study_coordinate_check(arguments: argparse.Namespace, config: Config) -> int:
@@ -126,6 +131,29 @@ def _shown(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
+def study_atlas(arguments: argparse.Namespace) -> int:
+    """What moves in the weights of a run, when, how straight, and with what spectra: slice by slice, at any size."""
+    found = Series(arguments.run)
+    directory = arguments.directory or found.path.with_name(f"{found.name}-atlas")
+    count = found.config.model.layers
+    layers = range(count) if count <= _FEW_LAYERS else (0, count // 2, count - 1)
+    with tqdm(unit="slice", mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total, bar.n = total, done
+            bar.refresh() if done == total else bar.update(0)
+
+        rows = run_atlas(
+            found,
+            arguments.steps or found.steps,
+            [*layers] if arguments.layers is None else arguments.layers,
+            directory,
+            progress,
+        )
+    print(f"{len(rows):,} rows in {directory / 'atlas.csv'}; notebooks/atlas_of_weights.ipynb reads them")
+    return 0
+
+
 def _axes(**values: list[Any]) -> list[Axis]:
     """An axis for each list that is not empty. Raises UserError if all are, or for a list that is no axis."""
     axes = [make_axis(name, sizes, _FLAGS[name]) for name, sizes in values.items() if sizes]
@@ -187,8 +215,9 @@ def conclude(
 # The command line.
 
 
-def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
-    """The flags of the study, and the experiment with the keys that were set. Raises UserError, one line."""
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Config | None]:
+    """The flags of the study, and the experiment with the keys that were set; None if the study is of a run that is
+    there. Raises UserError, one line."""
     parser = cli.Parser(
         prog="python -m cpmjax.study",
         description=(__doc__ or "").partition("usage:")[0],
@@ -198,12 +227,18 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     _add_coordinate_check(studies)
     _add_transfer(studies)
     _add_series(studies)
+    _add_atlas(studies)
     arguments, rest = parser.parse_known_args(argv)
     for argument in rest:
         if argument.startswith("-") and "." not in argument.partition("=")[0]:
             hidden = ("study", "name", "experiment")
-            flags = ", ".join(f"--{key.replace('_', '-')}" for key in vars(arguments) if key not in hidden)
-            raise UserError(f"command line: unknown flag {argument}; expected one of {flags}, or --section.key=value")
+            known = ", ".join(f"--{key.replace('_', '-')}" for key in vars(arguments) if key not in hidden)
+            keys = "" if arguments.experiment is None else ", or --section.key=value"
+            raise UserError(f"command line: unknown flag {argument}; expected one of {known}{keys}")
+    if arguments.experiment is None:
+        if rest:
+            raise UserError(f"command line: unexpected {rest[0]}; expected one run, which says everything else itself")
+        return arguments, None
     if not _names_a_file(rest):
         rest = [str(arguments.experiment), *rest]
     study = vars(arguments).pop("name")
@@ -226,12 +261,12 @@ def _add_coordinate_check(studies: Any) -> None:
     )
     parser.add_argument(
         "--widths",
-        type=_whole_numbers,
+        type=flags.whole_numbers,
         default=[64, 128, 256, 512],
         help="a slope over less than 8 times the width is mostly noise (default: 64,128,256,512)",
     )
     parser.add_argument(
-        "--layers", type=_whole_numbers, default=[2, 4, 8, 16], help="empty: widths only (default: 2,4,8,16)"
+        "--layers", type=flags.whole_numbers, default=[2, 4, 8, 16], help="empty: widths only (default: 2,4,8,16)"
     )
     parser.add_argument("--controls", action="store_true", help="plant faults as well: each must be caught")
     _add_common(parser, ["minicpm"])
@@ -241,12 +276,12 @@ def _add_coordinate_check(studies: Any) -> None:
 def _add_transfer(studies: Any) -> None:
     parser = studies.add_parser("transfer", help="does the best learning rate stay the best one as the model grows?")
     parser.add_argument(
-        "--widths", type=_whole_numbers, help="(default: 32,64,128,256, unless layers or sizes are given)"
+        "--widths", type=flags.whole_numbers, help="(default: 32,64,128,256, unless layers or sizes are given)"
     )
     parser.add_argument(
-        "--layers", type=_whole_numbers, default=[], help="numbers of layers, at the experiment's width"
+        "--layers", type=flags.whole_numbers, default=[], help="numbers of layers, at the experiment's width"
     )
-    parser.add_argument("--sizes", type=_names, default=[], help="presets, as in tunnel-9m,tunnel-30m")
+    parser.add_argument("--sizes", type=flags.names, default=[], help="presets, as in tunnel-9m,tunnel-30m")
     parser.add_argument("--rates", type=_rates, default=_RATES, help=f"(default: {','.join(map(str, _RATES))})")
     parser.add_argument(
         "--weight-decay-modes", type=_decay_modes, default=["coupled"], help="coupled,scaled,independent"
@@ -259,19 +294,31 @@ def _add_series(studies: Any) -> None:
     parser = studies.add_parser("series", help="trains a trunk, its decays and what they are compared with")
     parser.add_argument(
         "--cosine-peak",
-        type=_positive_number,
+        type=flags.positive_number,
         default=2.0,
         help="the cosine's peak, in those of the others (default: 2)",
     )
     parser.set_defaults(study=study_series, experiment=_SERIES)
 
 
+def _add_atlas(studies: Any) -> None:
+    parser = studies.add_parser("atlas", help="what moves in the weights of a run, when, and with what spectra")
+    parser.add_argument("run", type=Path, help="a run: trained here, or imported")
+    parser.add_argument("--steps", type=flags.whole_numbers, help="of its checkpoints (default: all)")
+    parser.add_argument(
+        "--layers", type=flags.whole_numbers, help="whose spectra are taken (default: all of 8, else three of them)"
+    )
+    parser.add_argument("--directory", type=Path, help="for the results (default: RUN-atlas)")
+    parser.set_defaults(study=study_atlas, experiment=None)
+
+
+_FEW_LAYERS = 8
 _TRANSFER_WIDTHS = [32, 64, 128, 256]
 _RATES = [0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08]
 
 
 def _add_common(parser: argparse.ArgumentParser, names: list[str]) -> None:
-    parser.add_argument("--seeds", type=_positive, default=3, help="trials of each kind (default: 3)")
+    parser.add_argument("--seeds", type=flags.positive, default=3, help="trials of each kind (default: 3)")
     parser.add_argument(
         "--parametrisations",
         type=_parametrisations,
@@ -280,37 +327,9 @@ def _add_common(parser: argparse.ArgumentParser, names: list[str]) -> None:
     )
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _whole_numbers(text: str) -> list[int]:
-    try:
-        return [int(number) for number in _names(text)]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected whole numbers with commas between them, got {text!r}") from error
-
-
-def _positive(text: str) -> int:
-    (number,) = _whole_numbers(text) or (0,)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
-    return number
-
-
-def _positive_number(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
-    return number
-
-
 def _rates(text: str) -> list[float]:
     try:
-        rates = [float(rate) for rate in _names(text)]
+        rates = [float(rate) for rate in flags.names(text)]
     except ValueError as error:
         raise UserError(f"--rates = {text}: expected numbers with commas between them") from error
     for rate in rates:
@@ -322,7 +341,7 @@ def _rates(text: str) -> list[float]:
 
 
 def _decay_modes(text: str) -> list[str]:
-    modes, known = _names(text), typing.get_args(WeightDecayMode)
+    modes, known = flags.names(text), typing.get_args(WeightDecayMode)
     unknown = [mode for mode in modes if mode not in known]
     if unknown or not modes:
         raise UserError(f"--weight-decay-modes = {text}: expected some of {', '.join(known)}")
@@ -330,7 +349,7 @@ def _decay_modes(text: str) -> list[str]:
 
 
 def _parametrisations(text: str) -> list[str]:
-    names = list(dict.fromkeys(_names(text)))
+    names = list(dict.fromkeys(flags.names(text)))
     if not names:
         raise UserError("--parametrisations: expected at least one name")
     for name in names:

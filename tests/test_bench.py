@@ -106,7 +106,17 @@ def test_studies_compares_a_sweep_with_a_process_a_trial(tmp_path):
     experiment, output = tunnel_jobs.experiment(tmp_path), tmp_path / "results.json"
     cache = jax.config.values["jax_compilation_cache_dir"]
     try:
-        bench.main(["studies", f"--experiment={experiment}", "--rates=2", "--seeds=1", f"--output={output}"])
+        bench.main(
+            [
+                "studies",
+                f"--experiment={experiment}",
+                "--parts",
+                "sweeps",
+                "--rates=2",
+                "--seeds=1",
+                f"--output={output}",
+            ]
+        )
     finally:
         jax.config.update("jax_compilation_cache_dir", cache)
     report = json.loads(output.read_text())

@@ -114,6 +114,9 @@ def test_a_branch_with_another_optimizer_has_new_moments(folder: Path, runs: dic
     assert jobs.checkpoint_arrays(run, 32)["optimizer/1/count"] == 7
     refusal = jobs.refusal(folder / "optimizers_plain.yaml", "--optimizer.type=lion")
     assert refusal.startswith(f"{runs['plain']} was made with optimizer.type=adamw; expected the same")
+    flags = ("--optimizer.state_dtype=int8", "--run.accept_changes=[optimizer]")
+    refusal = jobs.refusal(folder / "optimizers_plain.yaml", *flags)
+    assert refusal.startswith(f"{runs['plain']} was made with optimizer.state_dtype=float32; expected the same")
 
 
 def test_the_type_of_the_state_may_change_and_is_converted(folder: Path, runs: dict[str, Path]) -> None:

@@ -213,12 +213,15 @@ class RunDirectory:
         """
         changed = differences(encode(decode(self.read_config(), str(self.config_file))), encode(config))
         accepted = config.run.accept_changes
-        if "optimizer.type" in changed:
-            old, new = changed["optimizer.type"]
-            raise UserError(
-                f"{self.path} was made with optimizer.type={old}; expected the same: its moments are nothing to {new}, "
-                f"a branch (--branch.run={self.path}) would begin with new ones"
-            )
+        # Codes of 8 bits are no numbers to go on with in another type.
+        eight_bits = "int8" in changed.get("optimizer.state_dtype", ())
+        for key in ("optimizer.type", "optimizer.state_dtype"):
+            if key in changed and (key == "optimizer.type" or eight_bits):
+                old, new = changed[key]
+                raise UserError(
+                    f"{self.path} was made with {key}={old}; expected the same: its moments are nothing to {new}, "
+                    f"a branch (--branch.run={self.path}) would begin with new ones"
+                )
         refused = [key for key in changed if not any(f"{key}.".startswith(f"{name}.") for name in accepted)]
         if refused:
             listed = ", ".join(f"{key}: {_text(changed[key][0])} -> {_text(changed[key][1])}" for key in refused)

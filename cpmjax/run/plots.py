@@ -16,7 +16,7 @@ from cpmjax.run.schedule import Stage
 
 Records = Sequence[dict[str, Any]]
 
-_SHADES = {"warmup": "#fbf0dc", "stable": "#f4f6f4", "decay": "#deebf7", "cosine": "#f4f6f4"}
+SHADES = {"warmup": "#fbf0dc", "stable": "#f4f6f4", "decay": "#deebf7", "cosine": "#f4f6f4"}
 _OWN, _PARENT = "#1f5f9e", "#8a8a8a"
 _HELD_OUT = ("#c2410c", "#15803d", "#7e22ce", "#a16207", "#be185d", "#0f766e")
 
@@ -66,7 +66,7 @@ def _figure(content: Any, records: Records, parent: Records, stages: Sequence[St
     axes.tick_params(labelsize=11)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    _shade(axes, stages)
+    shade(axes, stages)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=10, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
 
@@ -84,13 +84,16 @@ def _tokens_each(records: Records) -> str:
     return f" ({' to '.join(each)} tokens each)" if each else ""
 
 
-def _shade(axes: Any, stages: Sequence[Stage]) -> None:
+def shade(axes: Any, stages: Sequence[Stage], names: bool = True) -> None:
+    """Shades each stage as far as the horizontal axis shows it now, and names it at the top."""
     left, right = axes.get_xlim()
     for stage in stages:
         start, end = max(stage.first - 1, left), min(stage.last, right)
         if start >= end:
             continue
-        axes.axvspan(start, end, color=_SHADES[stage.name], linewidth=0, zorder=0)
+        axes.axvspan(start, end, color=SHADES[stage.name], linewidth=0, zorder=0)
+        if not names:
+            continue
         narrow = (end - start) < 0.08 * (right - left)
         axes.annotate(
             stage.name,
