@@ -40,6 +40,10 @@ class ConvexBound:
         return {"distance_T": distance_T, "noise_T": noise_T}
 
     @staticmethod
+    def bounds(longest: int) -> dict[str, tuple[float, float]]:
+        return {}
+
+    @staticmethod
     def grid(longest: int) -> Iterator[dict[str, float]]:
         yield {}
 

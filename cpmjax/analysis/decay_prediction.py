@@ -93,8 +93,8 @@ def fit(kind: type[Law], curves: Sequence[Curve]) -> Law:
             f"{names}: the rate never drops, so that nothing determines {wanted}; expected a run with a decay"
         )
     peak = max(float(curve.rates_S.max()) for curve in curves)
-    problem = _problem(kind, curves, peak)
     longest = max(int(curve.steps_T[-1]) for curve in curves)
+    problem = _problem(kind, curves, peak, kind.bounds(longest))
     return _in_unit(kind(**problem.solve(kind.grid(longest))), 1 / peak)
 
 
@@ -118,7 +118,7 @@ def _losses(kind: type[Law], parameters: dict[str, Any], schedule: dict[str, jax
 
 def relative_errors(law: Law, curves: Sequence[Curve]) -> dict[str, float]:
     """Standard error of each parameter as a share of it; infinite for one that these curves do not determine."""
-    return _problem(type(law), curves, 1.0).relative_errors(dataclasses.asdict(law))
+    return _problem(type(law), curves, 1.0, {}).relative_errors(dataclasses.asdict(law))
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,9 @@ def score(law: Law, curve: Curve) -> Score:
     return Score(float(errors_T[-last:].mean()), float(np.abs(errors_T).mean()), float(np.abs(errors_T).max()))
 
 
-def _problem(kind: type[Law], curves: Sequence[Curve], peak: float) -> RobustFit:
+def _problem(
+    kind: type[Law], curves: Sequence[Curve], peak: float, bounds: dict[str, tuple[float, float]]
+) -> RobustFit:
     """With rates as shares of `peak`, so that one grid of starts serves any run."""
     schedules = [kind.prepare(np.asarray(c.rates_S, np.float64) / peak, c.steps_T, c.warmup) for c in curves]
 
@@ -145,7 +147,7 @@ def _problem(kind: type[Law], curves: Sequence[Curve], peak: float) -> RobustFit
         return jnp.concatenate([law.loss(schedule) for schedule in schedules])
 
     names = [field.name for field in dataclasses.fields(kind)]
-    return RobustFit(losses, names, kind.linear, np.concatenate([c.losses_T for c in curves]))
+    return RobustFit(losses, names, kind.linear, np.concatenate([c.losses_T for c in curves]), bounds)
 
 
 def _in_unit(law: Law, unit: float) -> Law:

@@ -54,6 +54,11 @@ class MultiPower:
         }
 
     @staticmethod
+    def bounds(longest: int) -> dict[str, tuple[float, float]]:
+        """Of a fit to runs of at most `longest` updates, at rates whose peak is 1."""
+        return {"alpha": (0.01, 2), "C": (0.1 / longest, 10), "beta": (0.05, 2), "gamma": (0.05, 2)}
+
+    @staticmethod
     def grid(longest: int) -> Iterator[dict[str, float]]:
         # G has come half way after half to twice `reach` updates at the peak, of rate 1 in a fit.
         for alpha, reach, beta, gamma in itertools.product(

@@ -6,8 +6,8 @@ of B examples has E|G_B|^2 = |G|^2 + S / B. Two batch sizes therefore give both 
     B_simple = S / |G|^2
 
 examples: there noise and signal of a step are equally large. Here an example is a row, and B_simple is given in tokens.
-MiniCPM's law of the best batch, 1.21e9 / L^6.24 tokens (2404.06395, section 3.2), was measured over whole runs on losses
-per token of C4 and a vocabulary of 122,753: it is about the same trade, in another unit of loss. Compare trends, not
+MiniCPM's law of the best batch, 1.21e9 / L^6.24 tokens (2404.06395, section 3.2), was measured over whole runs, on
+losses per token of C4 and a vocabulary of 122,753: about the same trade, in another unit of loss. Compare trends, not
 levels.
 
 R rows, G groups of r rows each, W weights of the model.

@@ -27,9 +27,18 @@ class RobustFit:
     """A law and what was observed of it; compiled once, solved as often as needed.
 
     `law` is a pure function of its positive parameters, linear in those named `linear`. `observed_T` is in any unit.
+    `bounds` are the least and the greatest value of a parameter, where few losses would let it run away.
     """
 
-    def __init__(self, law: Law, names: Sequence[str], linear: Sequence[str], observed_T: np.ndarray) -> None:
+    def __init__(
+        self,
+        law: Law,
+        names: Sequence[str],
+        linear: Sequence[str],
+        observed_T: np.ndarray,
+        bounds: Mapping[str, tuple[float, float]] | None = None,
+    ) -> None:
+        self._bounds = [np.log((bounds or {}).get(name, (1e-20, 1e20))) for name in names]
         self.names, self.linear = tuple(names), tuple(linear)
         self.observed_T = np.asarray(observed_T, np.float64)
 
@@ -37,11 +46,11 @@ class RobustFit:
             return law(dict(zip(self.names, jnp.exp(log_P), strict=True)))
 
         def objective(log_P: jax.Array, weights_T: jax.Array) -> jax.Array:
-            # A line search may try a step that overflows, or a negative loss.
-            predicted_T = jnp.maximum(predicted(jnp.clip(log_P, -50, 50)), 1e-9)
-            errors_T = jnp.log(predicted_T) - np.log(self.observed_T)
+            # A line search may try negative losses.
+            errors_T = jnp.log(jnp.maximum(predicted(log_P), 1e-9)) - np.log(self.observed_T)
             sizes_T = jnp.abs(errors_T) / DELTA
-            return jnp.sum(weights_T * jnp.where(sizes_T < 1, sizes_T**2 / 2, sizes_T - 0.5))
+            # A mean, so that the first step, along the gradient, is not beyond all bounds.
+            return jnp.mean(weights_T * jnp.where(sizes_T < 1, sizes_T**2 / 2, sizes_T - 0.5)) * DELTA
 
         self._predicted = jax.jit(predicted)
         self._jacobian = jax.jit(jax.jacfwd(lambda log_P: jnp.log(predicted(log_P))))
@@ -104,6 +113,6 @@ class RobustFit:
             value, gradient = self._objective(log_P, weights_T)
             return float(value), np.asarray(gradient, np.float64)
 
-        options = {"maxiter": 3000, "maxfun": 6000, "ftol": 1e-13, "gtol": 1e-7, "maxcor": 20}
-        found = minimize(objective, log_P, jac=True, method="L-BFGS-B", options=options)
+        options = {"maxiter": 1000, "maxfun": 2000, "ftol": 1e-11, "gtol": 1e-11, "maxcor": 20}
+        found = minimize(objective, log_P, jac=True, method="L-BFGS-B", bounds=self._bounds, options=options)
         return float(found.fun), found.x.tolist()

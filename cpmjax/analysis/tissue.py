@@ -32,6 +32,11 @@ class Tissue:
     linear: ClassVar[tuple[str, ...]] = ("L0", "A", "C")
     annealing: ClassVar[tuple[str, ...]] = ("C", "memory")  # what only a drop of the rate can tell
 
+    @staticmethod
+    def bounds(longest: int) -> dict[str, tuple[float, float]]:
+        """Of a fit to runs of at most `longest` updates."""
+        return {"alpha": (0.01, 2), "memory": (1, longest)}
+
     @property
     def lam(self) -> float:
         return math.exp(-1 / self.memory)
