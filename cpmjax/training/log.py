@@ -8,7 +8,6 @@ import sys
 import time
 from typing import Any
 
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from cpmjax.run.config import Config
@@ -32,6 +31,8 @@ class Log:
         self._begin = self._last_line = time.monotonic()
         self._tensorboard = None
         if config.log.tensorboard:
+            from tensorboardX import SummaryWriter  # it imports torch where that is installed: seconds
+
             self._tensorboard = SummaryWriter(str(directory.path / "tensorboard"), purge_step=start + 1)
         self._wandb = _wandb_run(directory, config) if config.log.wandb is not None else None
         self._bar = None
