@@ -125,15 +125,14 @@ def relative_errors(law: Law, curves: Sequence[Curve]) -> dict[str, float]:
 class Score:
     """How well a law foretold a curve, nats."""
 
-    end: float  # mean of predicted - measured over the last losses, a tenth of them
+    end: float  # predicted - measured at the last loss
     mean: float  # mean of |predicted - measured| over all
     worst: float  # the largest |predicted - measured|
 
 
 def score(law: Law, curve: Curve) -> Score:
     errors_T = predict(law, curve.rates_S, curve.steps_T, curve.warmup) - curve.losses_T
-    last = -(-len(errors_T) // 10)
-    return Score(float(errors_T[-last:].mean()), float(np.abs(errors_T).mean()), float(np.abs(errors_T).max()))
+    return Score(float(errors_T[-1]), float(np.abs(errors_T).mean()), float(np.abs(errors_T).max()))
 
 
 def _problem(
