@@ -51,7 +51,9 @@ HISTORY_KEYS = (
 def command(directory: Path, *more: str) -> list[str]:
     """The study that makes the small series."""
     cache = f"--run.cache={directory.parent / 'cache'}"
-    return [sys.executable, "-m", "cpmjax.study", "series", f"--run.directory={directory}", cache, *SMALL, *more]
+    experiment = str(ROOT / "experiments" / "study.yaml")
+    study = [sys.executable, "-m", "cpmjax.study", "series", experiment]
+    return [*study, f"--run.directory={directory}", cache, *SMALL, *more]
 
 
 def environment() -> dict[str, str]:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_series import small_series
 
 from cpmjax.model.presets import PRESETS
 from cpmjax.run import cli
@@ -147,7 +148,7 @@ def test_every_study_of_the_readme_and_of_the_family(folder):
     """Fewer and smaller trials; what such a short study finds is not asked, but it must come to a verdict."""
     text = (ROOT / "experiments" / "tunnel" / "family.yaml").read_text()
     listed = [*commands(), *re.findall(r"^#\s+(python -m cpmjax\.study .*?)(?:  .*)?$", text, re.MULTILINE)]
-    studies = [shlex.split(command) for command in listed if "cpmjax.study" in command]
+    studies = [shlex.split(command) for command in listed if re.search("cpmjax.study (coordinate|transfer)", command)]
     assert len(studies) >= 6
     small = ["--seeds=1", *SHORT[:2], "--schedule.stable=4"]
     check = [*small, "--widths=32,64", "--layers="]
@@ -162,6 +163,17 @@ def test_every_study_of_the_readme_and_of_the_family(folder):
         command = [re.sub(r"^2,4,8,16$", "1,2", word) for word in command]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
         assert done.returncode in (0, 1) and done.stdout.splitlines()[-1].startswith("verdict: "), done.stderr
+
+
+@pytest.mark.slow
+def test_the_series_of_the_readme_and_its_atlas(folder, tmp_path_factory):
+    """The series itself is made small (`small_series`); the atlas is that of the README."""
+    found = [shlex.split(command)[3:] for command in commands() if re.search("cpmjax.study (series|atlas)", command)]
+    assert found == [["series", "experiments/study.yaml"], ["atlas", "runs/study"]]
+    (folder / "runs" / "study").symlink_to(small_series(tmp_path_factory))
+    command = [sys.executable, "-m", "cpmjax.study", "atlas", "runs/study", "--directory=runs/atlas"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "runs/atlas/atlas.csv" in done.stdout, done.stderr
 
 
 def test_every_python_block_of_the_readme(folder):
