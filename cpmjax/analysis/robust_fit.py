@@ -85,7 +85,8 @@ class RobustFit:
             log_P = self._logarithms(parameters)
             jacobian_TP = np.asarray(self._jacobian(log_P))
             errors_T = np.log(self._predicted(log_P)) - np.log(self.observed_T)
-        _, sizes, directions = np.linalg.svd(jacobian_TP, full_matrices=False)
+        _, sizes, directions = np.linalg.svd(jacobian_TP)
+        sizes = np.pad(sizes, (0, len(directions) - len(sizes)))  # fewer observations than parameters
         free = sizes < 1e-7 * sizes[0]
         spread = np.sqrt(np.sum(errors_T**2) / max(1, len(errors_T) - len(sizes)))
         errors_P = spread * np.sqrt(np.sum((directions[~free].T / sizes[~free]) ** 2, axis=1))

@@ -54,3 +54,8 @@ def test_a_parameter_that_does_nothing_is_not_determined():
     fit = RobustFit(lambda p: power(p) + 0 * p["idle"], ["A", "alpha", "idle"], ["A"], 5 * X_T**-0.4)
     errors = fit.relative_errors({"A": 5, "alpha": 0.4, "idle": 1})
     assert errors["idle"] == np.inf and errors["A"] < 1e-9 > errors["alpha"]
+
+
+def test_one_observation_determines_no_two_parameters():
+    fit = RobustFit(lambda p: p["A"] * 2.0 ** -p["alpha"] * np.ones(1), ["A", "alpha"], ["A"], np.ones(1))
+    assert fit.relative_errors({"A": 5, "alpha": 0.4}) == {"A": np.inf, "alpha": np.inf}
