@@ -114,6 +114,6 @@ class RobustFit:
             value, gradient = self._objective(log_P, weights_T)
             return float(value), np.asarray(gradient, np.float64)
 
-        options = {"maxiter": 400, "maxfun": 600, "ftol": 1e-11, "gtol": 1e-11, "maxcor": 20}
+        options = {"maxiter": 400, "maxfun": 600, "ftol": 1e-14, "gtol": 1e-11, "maxcor": 20}
         found = minimize(objective, log_P, jac=True, method="L-BFGS-B", bounds=self._bounds, options=options)
         return float(found.fun), found.x.tolist()
