@@ -205,7 +205,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Config | None]:
     arguments, rest = parser.parse_known_args(argv)
     for argument in rest:
         if argument.startswith("-") and "." not in argument.partition("=")[0]:
-            hidden = ("study", "name", "experiment")
+            hidden = ("study", "name", "experiment", "home")
             known = ", ".join(f"--{key.replace('_', '-')}" for key in vars(arguments) if key not in hidden)
             keys = "" if arguments.experiment is None else ", or --section.key=value"
             raise UserError(f"command line: unknown flag {argument}; expected one of {known}{keys}")
@@ -215,9 +215,10 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Config | None]:
         return arguments, None
     if not _names_a_file(rest):
         rest = [str(arguments.experiment), *rest]
-    study = vars(arguments).pop("name")
-    del arguments.experiment
-    return arguments, cli.load([f"--run.directory=runs/{study}", *rest], PRESETS, __doc__ or "")
+    home = arguments.home
+    for key in ("name", "experiment", "home"):
+        delattr(arguments, key)
+    return arguments, cli.load([f"--run.directory={home}", *rest], PRESETS, __doc__ or "")
 
 
 def _names_a_file(arguments: Sequence[str]) -> bool:
@@ -244,7 +245,7 @@ def _add_coordinate_check(studies: Any) -> None:
     )
     parser.add_argument("--controls", action="store_true", help="plant faults as well: each must be caught")
     _add_common(parser, ["minicpm"])
-    parser.set_defaults(study=study_coordinate_check, experiment=_FAMILY)
+    parser.set_defaults(study=study_coordinate_check, experiment=_FAMILY, home="runs/coordinate-check")
 
 
 def _add_transfer(studies: Any) -> None:
@@ -261,7 +262,7 @@ def _add_transfer(studies: Any) -> None:
         "--weight-decay-modes", type=_decay_modes, default=["coupled"], help="coupled,scaled,independent"
     )
     _add_common(parser, ["minicpm", "standard"])
-    parser.set_defaults(study=study_transfer, experiment=_FAMILY)
+    parser.set_defaults(study=study_transfer, experiment=_FAMILY, home="runs/transfer")
 
 
 def _add_series(studies: Any) -> None:
@@ -272,7 +273,7 @@ def _add_series(studies: Any) -> None:
         default=2.0,
         help="the cosine's peak, in those of the others (default: 2)",
     )
-    parser.set_defaults(study=study_series, experiment=_SERIES)
+    parser.set_defaults(study=study_series, experiment=_SERIES, home="runs/study")
 
 
 _TRANSFER_WIDTHS = [32, 64, 128, 256]

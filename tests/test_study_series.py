@@ -24,6 +24,7 @@ from cpmjax.run.directory import Lines
 from cpmjax.run.errors import UserError
 from cpmjax.run.schedule import WSD, Cosine
 from cpmjax.run.table import read_csv
+from cpmjax.study import parse
 from cpmjax.tunnel.series import members
 
 NAMES = ["trunk", "decay10", "decay20", "constant", "cosine", "seed2", "mixed10"]
@@ -32,6 +33,12 @@ NAMES = ["trunk", "decay10", "decay20", "constant", "cosine", "seed2", "mixed10"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return small_series(tmp_path_factory)
+
+
+@pytest.mark.parametrize("words", [["series"], ["series", str(ROOT / "experiments/study.yaml")]])
+def test_where_the_series_is_unless_it_is_said(words):
+    arguments, config = parse(words)
+    assert config.run.directory == "runs/study" and arguments.cosine_peak == 2
 
 
 def test_the_members_of_the_committed_experiment(tmp_path):
