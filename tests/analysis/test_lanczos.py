@@ -42,6 +42,7 @@ def start(seed=0):
 VALUES = np.concatenate([[-3.0, -0.5], np.linspace(-0.1, 0.1, SIZE - 5), [1.0, 4.0, 5.0]])
 
 
+@pytest.mark.smoke
 def test_outer_values_come_first():
     operator, _ = symmetric(VALUES)
     found = lanczos(operator, start(), 20)

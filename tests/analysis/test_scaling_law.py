@@ -26,6 +26,7 @@ def test_published_constants(law, loss):
     assert law.loss(70e9, 1.4e12) == pytest.approx(loss, abs=5e-5)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("law", [HOFFMANN, BESIROGLU, ScalingLaw(50.0, 0.29, 30.0, 0.23, 0.5)])
 def test_planted_constants_come_back(law):
     found = scaling_law.fit(*models(law))

@@ -118,6 +118,7 @@ def test_what_a_checkpoint_holds(folder):
         np.testing.assert_array_equal(array, stored[f"optimizer/{path}"])
 
 
+@pytest.mark.smoke
 def test_the_loss_is_that_of_the_logits(folder):
     series = cpmjax.Series(folder / "trunk")
     for step in (5, 20):
