@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from formats.conversions import KEYS, SHARED
 
 from cpmjax.convert import convert
 
 ROOT = Path(__file__).parents[1]
-HISTORY = ROOT.parent / "shared" / "golden" / "minicpm-tiny-history"
+HISTORY = SHARED / "minicpm-tiny-history"  # six checkpoints
 STEPS, EARLY, LATE = 60, 48, 54  # the whole length, and where its two decays begin
 # experiments/study.yaml, but small: its corpora, its mixtures and its members.
 SMALL = (
@@ -32,19 +33,6 @@ SMALL = (
     "--evaluation.every=30",
     "--evaluation.rows=8",
     "--evaluation.sample_tokens=8",
-)
-
-# What a file of weights does not say: the schedule under which the small history was made (see its README).
-HISTORY_KEYS = (
-    "--schedule.type=wsd",
-    "--schedule.warmup=20000",
-    "--schedule.stable=280000",
-    "--schedule.decay=90000",
-    "--schedule.shape=half_life",
-    "--schedule.half_life=15000",
-    "--optimizer.learning_rate=0.01",
-    "--training.batch_size=8",
-    "--data.sequence_length=128",
 )
 
 
@@ -78,5 +66,5 @@ def imported_history(folder: Path) -> Path:
         pytest.skip("the small history of six checkpoints is not beside the project")
     run = folder / "history"
     if not run.exists():
-        assert convert(HISTORY, run, "run", keys=list(HISTORY_KEYS)) == []
+        assert convert(HISTORY, run, "run", keys=list(KEYS)) == []
     return run
