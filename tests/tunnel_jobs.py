@@ -11,11 +11,14 @@ from pathlib import Path
 import jax
 import jobs
 import numpy as np
+import pytest
 
 from cpmjax.model.presets import PRESETS
 from cpmjax.run import cli
 from cpmjax.run.config import Config
+from cpmjax.tunnel import coordinate_check as check
 from cpmjax.tunnel.coordinate_check import STEPS
+from cpmjax.tunnel.trials import Trial, Trials
 from cpmjax.tunnel.workbench import Workbench
 
 MODEL = {"vocabulary": 320, "width": 16, "layers": 1, "heads": 2, "feed_forward": 40, "dim_model_base": 16}
@@ -45,6 +48,22 @@ def workbench(config: Config) -> Iterator[Workbench]:
             yield bench
     finally:
         jax.config.update("jax_compilation_cache_dir", cache)
+
+
+def family(factory: pytest.TempPathFactory, *keys: str) -> Config:
+    """The experiment of the wind tunnel."""
+    file = Path(__file__).parents[1] / "experiments" / "tunnel" / "family.yaml"
+    cache = jobs.shared_folder(factory) / "cache"
+    return cli.load([str(file), f"--run.cache={cache}", *keys], PRESETS, "")
+
+
+def slopes_of(config: Config, planned: list[Trial], directory: Path) -> list[check.Slope]:
+    """What the coordinate check finds of its trials."""
+    with workbench(config) as bench:
+        study = Trials(directory, planned, bench.recipe)
+        with study.lock():
+            study.run(lambda trial: check.measure(bench, trial))
+    return check.slopes(study.rows())
 
 
 @contextlib.contextmanager

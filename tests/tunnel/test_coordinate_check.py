@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import jax
-import jobs
 import numpy as np
 import pytest
 import tunnel_jobs
@@ -14,15 +12,11 @@ from tunnel_jobs import made_up_coordinates as made_up
 
 from cpmjax.model import mup
 from cpmjax.model.initialise import initialise
-from cpmjax.model.presets import PRESETS
 from cpmjax.model.transformer import MiniCPM
-from cpmjax.run import cli
 from cpmjax.run.config import ComputeConfig, ModelConfig
-from cpmjax.run.optimizers import OptimizerConfig
 from cpmjax.tunnel import coordinate_check as check
 from cpmjax.tunnel.faults import FAULTS
 from cpmjax.tunnel.sizes import Axis
-from cpmjax.tunnel.trials import Trials
 
 MODEL = ModelConfig(vocabulary=61, width=16, layers=3, heads=4, kv_heads=2, feed_forward=40, dim_model_base=8)
 
@@ -161,46 +155,15 @@ def test_a_fault_is_caught_beyond_its_own_bar():
 @pytest.fixture(scope="module")
 def checked(tmp_path_factory):
     """Slopes of MiniCPM and of every planted fault over 8 times the width."""
-    config = family(tmp_path_factory)
+    config = tunnel_jobs.family(tmp_path_factory)
     planned = check.make_trials(config, [Axis("width", (64, 128, 256, 512))], ["minicpm", *FAULTS], seeds=2)
-    return slopes_of(config, planned, tmp_path_factory.mktemp("check"))
-
-
-def family(tmp_path_factory, *keys):
-    """The experiment of the wind tunnel."""
-    file = Path(__file__).parents[2] / "experiments" / "tunnel" / "family.yaml"
-    cache = jobs.shared_folder(tmp_path_factory) / "cache"
-    return cli.load([str(file), f"--run.cache={cache}", *keys], PRESETS, "")
-
-
-def slopes_of(config, planned, directory):
-    with tunnel_jobs.workbench(config) as bench:
-        study = Trials(directory, planned, bench.recipe)
-        with study.lock():
-            study.run(lambda trial: check.measure(bench, trial))
-    return check.slopes(study.rows())
+    return tunnel_jobs.slopes_of(config, planned, tmp_path_factory.mktemp("check"))
 
 
 @pytest.mark.slow
 def test_minicpm_passes(checked):
     verdicts = check.verdicts(checked, "minicpm", ["width"])
     assert len(verdicts) == 2 and all(verdict.passed for verdict in verdicts), verdicts
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", sorted(set(OptimizerConfig.get_known_choices()) - {"adamw"}))
-def test_minicpm_passes_with_each_optimizer_at_its_own_rate_and_faults_do_not(tmp_path_factory, kind):
-    faults = ("no_matrix_rate", "no_matrix_init", "no_logit_scale", "slow_embedding")
-    config = family(tmp_path_factory, f"--optimizer.type={kind}")
-    assert config.optimizer == OptimizerConfig.get_known_choices()[kind]()
-    width = Axis("width", (64, 128, 256, 512))
-    planned = check.make_trials(config, [width], ["minicpm"], seeds=2)
-    planned += check.make_trials(config, [width], faults, seeds=1)  # what they do is no matter of a seed
-    slopes = slopes_of(config, planned, tmp_path_factory.mktemp(kind))
-    verdicts = check.verdicts(slopes, "minicpm", ["width"])
-    assert len(verdicts) == 2 and all(verdict.passed for verdict in verdicts), verdicts
-    for name in faults:
-        assert not all(verdict.passed for verdict in check.verdicts(slopes, name, ["width"])), name
 
 
 # The quantity in which theory says that the fault must show, and the sign of its slope.
