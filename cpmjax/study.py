@@ -31,7 +31,7 @@ from cpmjax.run.errors import UserError
 from cpmjax.run.identity import fingerprint
 from cpmjax.run.optimizers import WeightDecayMode
 from cpmjax.run.table import Row, aligned, write_csv
-from cpmjax.tunnel import coordinate_check, figures, series, transfer
+from cpmjax.tunnel import coordinate_check, figures, study_runs, transfer
 from cpmjax.tunnel.faults import FAULTS, table_of
 from cpmjax.tunnel.sizes import Axis, make_axis
 from cpmjax.tunnel.trials import Trial, Trials
@@ -93,7 +93,7 @@ def study_transfer(arguments: argparse.Namespace, config: Config) -> int:
 
 def study_series(arguments: argparse.Namespace, config: Config) -> int:
     """Trains the runs that the notebooks study, one after the other, each by a training job of its own."""
-    members = series.members(config, arguments.cosine_peak)
+    members = study_runs.members(config, arguments.cosine_peak)
     root = Path(config.run.directory)
     if (root / "config.yaml").exists():
         raise UserError(f"{root} is a run; expected a directory of its own for a series")
@@ -106,7 +106,7 @@ def study_series(arguments: argparse.Namespace, config: Config) -> int:
             if code:
                 _say(f"{name} ended with code {code}; the same command goes on from there")
                 return code
-        rows = series.results(config, list(members))
+        rows = study_runs.results(config, list(members))
         write_csv(root / "series.csv", rows)
     print(aligned([list(rows[0]), *([_shown(row.get(key)) for key in rows[0]] for row in rows)]))
     return 0

@@ -25,7 +25,7 @@ from cpmjax.run.errors import UserError
 from cpmjax.run.schedule import WSD, Cosine
 from cpmjax.run.table import read_csv
 from cpmjax.study import parse
-from cpmjax.tunnel.series import members
+from cpmjax.tunnel.study_runs import members
 
 NAMES = ["trunk", "decay10", "decay20", "constant", "cosine", "seed2", "mixed10"]
 

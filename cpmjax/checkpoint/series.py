@@ -143,7 +143,7 @@ class Series:
 
     @cached_property
     def compute(self) -> ComputeConfig:
-        """How its model is computed in a study: float32, plain attention, nothing computed twice."""
+        """How its model is computed in a study: float32, attention that can be differentiated twice, nothing twice."""
         return ComputeConfig(attention="chunked", remat="none", loss_chunk=self.config.compute.loss_chunk)
 
     def loss(self, step: int, batch: dict[str, Any]) -> float:
