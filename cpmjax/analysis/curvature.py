@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cpmjax.analysis.derivatives import Loss, LossOf, difference, gradients, hvp, inner, products
+from cpmjax.analysis.derivatives import Loss, LossOf, difference, gradients, hvp, inner, products, wide_parameters
 from cpmjax.checkpoint.series import Series
 from cpmjax.model.parameters import Tree
 from cpmjax.run.errors import UserError
@@ -81,7 +81,7 @@ def secants(series: Series, steps: Iterable[int], batches: Any, exact: bool = Tr
 
     Costs K gradients a step and, if `exact`, K Hessian-vector products a way; holds 2 K gradients and two checkpoints.
     """
-    return along(Loss.of(series), ((step, series.parameters(step)) for step in steps), batches, exact)
+    return along(Loss.of(series), ((step, wide_parameters(series, step)) for step in steps), batches, exact)
 
 
 def along(loss: LossOf, points: Iterable[tuple[int, Tree]], batches: Any, exact: bool = True) -> Iterator[Secant]:

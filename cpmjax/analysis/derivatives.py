@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ class Loss:
     compute: ComputeConfig
 
     @classmethod
-    def of(cls, series: Series) -> Loss:
+    def of(cls, series: Series) -> Self:
         return cls(series.config.model, series.compute)
 
     def __call__(self, parameters: Tree, batch: Any) -> jax.Array:
@@ -44,6 +44,11 @@ class Loss:
 
     def model(self, parameters: Tree) -> MiniCPM:
         return MiniCPM(self.config, parameters, self.compute)
+
+
+def wide_parameters(series: Series, step: int) -> Tree:
+    """In float32, whatever they are stored in: the way between two checkpoints is no matter of 16 bits."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), series.parameters(step))
 
 
 def in_batches(rows: Batch, size: int) -> Batch:

@@ -2,7 +2,7 @@
 
 A barrier is how far the loss on the line between two checkpoints rises above the straight line between their losses
 (Frankle et al. 1912.05671). A loss is any function of (parameters, batch) that is hashed by what it computes:
-`cpmjax.analysis.rows.RowLosses`, or the `loss_of` of a series. The place on a line is an array, so one compiled program
+`cpmjax.analysis.rows.RowLosses`, or their mean, a `Loss`. The place on a line is an array, so one compiled program
 serves all places and all checkpoints of one model; two checkpoints and what lies between them are in memory.
 
 N checkpoints, S places on a line, P points, K checkpoints or directions mixed, R rows of text.
@@ -10,7 +10,7 @@ N checkpoints, S places on a line, P points, K checkpoints or directions mixed, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,13 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from cpmjax.analysis.derivatives import LossOf
 from cpmjax.analysis.rows import Interval, RowLosses, bootstrap
 from cpmjax.checkpoint.series import Series
 from cpmjax.model.parameters import Tree, specs
 from cpmjax.run.config import ModelConfig
 from cpmjax.run.errors import UserError
-
-Loss = Callable[[Tree, dict[str, Any]], jax.Array]
 
 
 def between(one: Tree, other: Tree, share: Any) -> Tree:
@@ -53,23 +52,25 @@ def mixture(trees: Sequence[Tree], coefficients_K: Any) -> Tree:
 
 
 @partial(jax.jit, static_argnums=0)
-def _loss_between(loss: Loss, one: Tree, other: Tree, share: jax.Array, batch: dict[str, Any]) -> jax.Array:
+def _loss_between(loss: LossOf, one: Tree, other: Tree, share: jax.Array, batch: dict[str, Any]) -> jax.Array:
     return loss(between(one, other, share), batch)
 
 
 @partial(jax.jit, static_argnums=0)
-def _loss_of_mixture(loss: Loss, trees: Sequence[Tree], coefficients_K: jax.Array, batch: dict[str, Any]) -> jax.Array:
+def _loss_of_mixture(
+    loss: LossOf, trees: Sequence[Tree], coefficients_K: jax.Array, batch: dict[str, Any]
+) -> jax.Array:
     return loss(mixture(trees, coefficients_K), batch)
 
 
-def losses_between(loss: Loss, one: Tree, other: Tree, shares: Iterable[float], batch: dict[str, Any]) -> np.ndarray:
+def losses_between(loss: LossOf, one: Tree, other: Tree, shares: Iterable[float], batch: dict[str, Any]) -> np.ndarray:
     """[S, ...]: the loss at each place of the line, whatever shape the loss has."""
     found = (_loss_between(loss, one, other, np.float32(share), batch) for share in shares)
     return np.stack([np.asarray(each) for each in found])  # one after another: each has parameters of its own
 
 
 def losses_of_mixtures(
-    loss: Loss, trees: Sequence[Tree], coefficients_PK: np.ndarray, batch: dict[str, Any]
+    loss: LossOf, trees: Sequence[Tree], coefficients_PK: np.ndarray, batch: dict[str, Any]
 ) -> np.ndarray:
     """[P, ...]: of points in the plane of checkpoints (`Plane.mixtures`), or of a checkpoint and directions."""
     trees, rows = tuple(trees), coefficients_PK.astype(np.float32)
@@ -121,7 +122,7 @@ def barriers(
     known = {} if known is None else known
     loss, count = RowLosses.of(checkpoints[0][0]), len(checkpoints)
     for series, _ in checkpoints:
-        if series.config.model != loss.model:
+        if series.config.model != loss.config:
             raise UserError(f"{series.path}: another model than {checkpoints[0][0].path}; expected one model")
     batch, shares_S = jax.device_put(batch), np.linspace(0, 1, inside + 2)
     losses_SNNR = np.empty((inside + 2, count, count, len(batch["tokens"])), np.float32)

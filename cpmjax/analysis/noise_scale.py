@@ -15,7 +15,7 @@ R rows, G groups of r rows each, W weights of the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,12 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from cpmjax.analysis.derivatives import Loss, LossOf, wide_parameters
 from cpmjax.checkpoint.series import Series
 from cpmjax.model.parameters import Tree
 from cpmjax.run.errors import UserError
-
-# (parameters, one row as a dict of [1, L] arrays) -> its mean loss
-RowLoss = Callable[[Tree, dict[str, Any]], jax.Array]
 
 
 def from_two_batches(small: float, square_small: Any, large: float, square_large: Any) -> tuple[Any, Any]:
@@ -69,10 +67,11 @@ def noise_scales(
 ) -> dict[int, NoiseScale]:
     """{step: noise scale} of the loss of checkpoints on the rows of a batch, a dict of [R, L] arrays."""
     tokens = float(np.asarray(batch["weights"]).sum(axis=1).mean())
-    return {step: noise_scale(series.loss_of, series.parameters(step), batch, tokens, groups) for step in steps}
+    loss = Loss.of(series)  # equal for lines of one model, which then share a program
+    return {step: noise_scale(loss, wide_parameters(series, step), batch, tokens, groups) for step in steps}
 
 
-def noise_scale(loss: RowLoss, parameters: Tree, batch: dict[str, Any], tokens: float, groups: int = 16) -> NoiseScale:
+def noise_scale(loss: LossOf, parameters: Tree, batch: dict[str, Any], tokens: float, groups: int = 16) -> NoiseScale:
     """Of a loss at these parameters, over the rows of a batch, each of which counts `tokens`.
 
     One gradient a row, one row at a time; the sums over `groups` of rows are kept. Small batch: a row; large batch: all
@@ -89,7 +88,7 @@ def noise_scale(loss: RowLoss, parameters: Tree, batch: dict[str, Any], tokens: 
 
 
 @partial(jax.jit, static_argnums=0)
-def _group_sums(loss: RowLoss, parameters: Tree, rows: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+def _group_sums(loss: LossOf, parameters: Tree, rows: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
     """(sum of the gradients of a group's rows [W], sum of their squared norms); the rows are [r, 1, L]."""
     flat_W, unravel = ravel_pytree(parameters)
 

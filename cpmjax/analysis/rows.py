@@ -13,29 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cpmjax.checkpoint.series import Series
+from cpmjax.analysis.derivatives import Loss
 from cpmjax.model.loss import batch_losses
 from cpmjax.model.parameters import Tree
 from cpmjax.model.transformer import MiniCPM
-from cpmjax.run.config import ComputeConfig, ModelConfig
 
 
 @dataclass(frozen=True)
-class RowLosses:
-    """A loss, (parameters, batch) -> float32 [R] in nats: what each row adds, their mean is the loss of the batch.
+class RowLosses(Loss):
+    """A loss, (parameters, batch) -> float32 [R] in nats: what each row adds, their mean is the loss of the batch."""
 
-    Equal for equal models, so that one compiled program serves all series of one model.
-    """
-
-    model: ModelConfig
-    compute: ComputeConfig
-
-    @classmethod
-    def of(cls, series: Series) -> RowLosses:
-        return cls(series.config.model, series.compute)
-
-    def __call__(self, parameters: Tree, batch: dict[str, Any]) -> jax.Array:
-        return _row_losses(MiniCPM(self.model, parameters, self.compute), batch)
+    def __call__(self, parameters: Tree, batch: Any) -> jax.Array:
+        return _row_losses(self.model(parameters), batch)
 
 
 @jax.jit

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from cpmjax.analysis import lanczos
-from cpmjax.analysis.derivatives import Loss, mean_ggn, mean_hvp
+from cpmjax.analysis.derivatives import Loss, mean_ggn, mean_hvp, wide_parameters
 from cpmjax.checkpoint.series import Series
 from cpmjax.model import mup
 from cpmjax.model.parameters import Tree
@@ -46,13 +46,13 @@ class Sharpness:
 
 def hessian(series: Series, step: int, batches: Any) -> lanczos.Operator:
     """v -> H v of the mean loss over all tokens of batches [K, B, L], one batch at work at a time."""
-    loss, parameters = Loss.of(series), series.parameters(step)
+    loss, parameters = Loss.of(series), wide_parameters(series, step)
     return lambda vector: mean_hvp(loss, parameters, vector, batches)
 
 
 def gauss_newton(series: Series, step: int, batches: Any) -> lanczos.Operator:
     """v -> G v, the part of H that is never negative (`mean_ggn`)."""
-    loss, parameters = Loss.of(series), series.parameters(step)
+    loss, parameters = Loss.of(series), wide_parameters(series, step)
     return lambda vector: mean_ggn(loss, parameters, vector, batches)
 
 

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from double import DOUBLE, SINGLE, batches, direction, double, point
+from small_series import imported_history
 
 from cpmjax.analysis import curvature
-from cpmjax.analysis.derivatives import gradients, hvp, in_batches, inner, mean_hvp
+from cpmjax.analysis.derivatives import Loss, gradients, hvp, in_batches, inner, mean_hvp, wide_parameters
+from cpmjax.checkpoint.series import Series
 from cpmjax.run.errors import UserError
 
 
@@ -190,3 +192,17 @@ class TestQuadratic:
         x = np.array([0.0, 0.5, 1.2])
         slope, second = -x / np.sqrt(4 - x**2), -4 / (4 - x**2) ** 1.5
         assert curvature.curvature(slope, second) == pytest.approx(0.5)
+
+
+def test_an_import_in_16_bits_is_widened(tmp_path):
+    """Gradients, the way and exact products are of float32; D2 of one batch is the mean curvature of the way."""
+    series = Series(imported_history(tmp_path))
+    assert {leaf.dtype for leaf in jax.tree.leaves(series.parameters(330000))} != {jnp.dtype(jnp.float32)}
+    tokens = np.random.default_rng(0).integers(3, 300, (2, 1, 17)).astype(np.int32)
+    ones = np.ones((2, 1, 16), np.int32)
+    rows = {"tokens": tokens[..., :-1], "targets": tokens[..., 1:], "segments": ones, "weights": np.float32(ones)}
+    rows["positions"] = np.broadcast_to(np.arange(16, dtype=np.int32), ones.shape)
+    (found,) = curvature.secants(series, [330000, 390000], rows)
+    first, last = (wide_parameters(series, step) for step in (330000, 390000))
+    batch = one(rows)
+    assert found.d2_K[0] == pytest.approx(curvature.mean_curvature(Loss.of(series), first, last, batch, 7), rel=1e-3)
