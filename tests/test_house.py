@@ -25,6 +25,7 @@ LAYERS = (
     "sampling",
     "analysis",
     "tunnel",
+    "studies",
     "jobs",
 )
 FILES = sorted(PACKAGE.rglob("*.py"))

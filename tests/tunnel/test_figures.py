@@ -7,6 +7,8 @@ from matplotlib import image
 from tunnel_jobs import RATES, falling, made_up_coordinates, made_up_losses
 
 from cpmjax.tunnel import coordinate_check, figures, transfer
+from cpmjax.tunnel.coordinate_figures import coordinates
+from cpmjax.tunnel.transfer_figures import curves
 
 MARK = np.array([0xFD, 0xE2, 0xE0]) / 255
 
@@ -18,7 +20,7 @@ def marked(path) -> float:
 
 
 def draw(path, table, axis="width"):
-    figures.save(figures.coordinates(table, coordinate_check.slopes(table), axis), path)
+    figures.save(coordinates(table, coordinate_check.slopes(table), axis), path)
     return marked(path)
 
 
@@ -47,7 +49,7 @@ def test_transfer_with_one_family_many_and_diverged_rates(tmp_path):
     table = made_up_losses(lambda width: 0.01, falling, diverged={(256, rate) for rate in RATES if rate > 0.05})
     for count, names in enumerate((["minicpm"], ["minicpm", "standard", "depth_mup", "completep"])):
         families = transfer.families([row | {"parametrisation": name} for name in names for row in table])
-        figures.save(figures.transfer(families), tmp_path / f"{count}.png")
+        figures.save(curves(families), tmp_path / f"{count}.png")
     one, four = (image.imread(tmp_path / f"{count}.png").shape for count in (0, 1))
     assert four[0] > 1.5 * one[0] and four[1] > 2 * one[1]  # two rows of three panels
 
@@ -55,5 +57,5 @@ def test_transfer_with_one_family_many_and_diverged_rates(tmp_path):
 def test_transfer_of_trials_that_all_diverged(tmp_path):
     broken = {(width, rate) for width in (32, 64, 128, 256) for rate in RATES}
     families = transfer.families(made_up_losses(lambda width: 0.01, falling, diverged=broken))
-    figures.save(figures.transfer(families), tmp_path / "figure.png")
+    figures.save(curves(families), tmp_path / "figure.png")
     assert image.imread(tmp_path / "figure.png").size > 0
