@@ -1,9 +1,9 @@
 """Learning-rate schedules side by side, with as much of one trunk in common as the method allows.
 
-For each seed, all on the same rows, with S the length of the experiment's schedule (Hu et al. 2404.06395, Figures 4, 5):
+For each seed, on the same rows, with S the length of the experiment's schedule (Hu et al. 2404.06395, Figures 4 and 5):
 
     constant                      the trunk: warm-up, then the peak to S; its weights also give the merges
-    lawa, wsm 10% 20%             merges of the trunk's last weights: a mean, and one that imitates the decay; no training
+    lawa, wsm 10% 20%             merges of the trunk's last weights: a mean, and what imitates the decay
     wsd 2.5% 10% 20%              decays that end at S, also of other shapes
     wsd 10% ending at 40% ...     decays from earlier on the same trunk, a tenth of what they end
     wsd-s                         goes on at the peak from the decay that ended at 50%, then decays again (2410.05192)
@@ -27,12 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import draccus
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from cpmjax.analysis import merging
-from cpmjax.model.parameters import Tree
 from cpmjax.run.config import Config
 from cpmjax.run.directory import write_atomically
 from cpmjax.run.errors import UserError
@@ -41,7 +37,6 @@ from cpmjax.run.schedule import WSD, WSDS, Constant, Cosine, CosineLoop, Schedul
 from cpmjax.run.table import Row
 from cpmjax.tunnel.faults import table_of
 from cpmjax.tunnel.trials import Trial
-from cpmjax.tunnel.workbench import Moment, Workbench
 
 # Shapes beside the experiment's own, by the length of the decay as a share of S.
 SHAPES: dict[float, tuple[Shape, ...]] = {
@@ -50,10 +45,8 @@ SHAPES: dict[float, tuple[Shape, ...]] = {
     0.025: (),
 }
 EARLY = (0.4, 0.5, 0.6, 0.8)  # of S: where decays end that say what the trunk was worth there
-MERGED = (0.1, 0.2)  # of S: windows of the merges
 _HALF_LIVES = 3.7  # in a decay: 18,500 steps with a half-life of 5,000 in MiniCPM-2B
 _PLAN = "schedules.json"
-_INTERVALS = 8  # between the weights of a tenth of S that are merged
 
 
 @dataclass(frozen=True)
@@ -209,58 +202,6 @@ def _slowed(optimizer: OptimizerConfig, share: float) -> OptimizerConfig:
     return replace(optimizer, learning_rate=share * optimizer.learning_rate, weight_decay=decay)
 
 
-# What is measured.
-
-
-def measure(workbench: Workbench, trial: Trial) -> list[Row]:
-    """A row for each evaluation of the experiment, in a decay twice as often: step, training loss, held-out loss and
-    bits per byte. A constant trial has a row for each merge of its last weights as well."""
-    config, schedule = trial.config, trial.config.schedule
-    if not workbench.text(config).held_out:
-        raise UserError("data.held_out = 0: expected a share of held-out text, trials are judged by it")
-    every = config.evaluation.every
-    evaluated = {
-        step
-        for step in range(trial.after + 1, schedule.total + 1)
-        if step == schedule.total or step % (max(1, every // 2) if schedule.stage(step) == "decay" else every) == 0
-    }
-    merges = _merges(schedule) if isinstance(schedule, WSD) and not schedule.decay else {}
-    sums: dict[str, Tree] = {}
-
-    def evaluate(moment: Moment, parameters: Tree) -> Row:
-        found = moment.program.evaluate(parameters, moment.scales.multipliers)
-        return {"step": moment.step} | {key: found[key] for key in ("heldout_loss", "heldout_bits_per_byte")}
-
-    def observe(moment: Moment) -> Iterable[Row]:
-        for name, coefficients in merges.items():
-            if share := coefficients.get(moment.step):
-                part = jax.tree.map(lambda leaf, share=share: share * leaf, moment.parameters)
-                sums[name] = jax.tree.map(jnp.add, sums[name], part) if name in sums else part
-        if moment.step in evaluated:
-            found = evaluate(moment, moment.parameters)
-            yield {"step": moment.step, "loss": moment.loss} | found
-        if moment.step == schedule.total:
-            for name, merge in sums.items():
-                run = str(trial.labels["run"]).replace("constant", name)
-                yield {"method": name, "run": run, "after": moment.step} | evaluate(moment, merge)
-
-    merged = {step for coefficients in merges.values() for step in coefficients}
-    return workbench.train(trial, evaluated | merged, observe)
-
-
-def _merges(schedule: WSD) -> dict[str, dict[int, float]]:
-    """{method: {step: coefficient}} over the last weights of a trunk: their mean, and what imitates the decay."""
-    total = schedule.total
-    spacing = max(1, round(total / 10 / _INTERVALS))
-    found = {}
-    for share in MERGED:
-        length = round(share * total)
-        steps = [*range(total - length, total, spacing), total]
-        found[f"lawa {100 * share:g}%"] = merging.lawa(steps, len(steps))
-        found[f"wsm {100 * share:g}%"] = merging.wsm(steps, decaying(schedule, total, length))
-    return found
-
-
 # The rates of all updates, for laws of the loss.
 
 Segments = list[dict[str, Any]]  # {"until": last step, "peak": learning rate, "schedule": from step 1, as in YAML}
@@ -322,10 +263,9 @@ def curves(rows: Iterable[Row], plan: dict[str, Segments]) -> list[SeedCurve]:
     for row in rows:
         if row["run"] in plan and row["status"] == "finished":
             points.setdefault((row["run"], row["seed"]), []).append((row["step"], row["heldout_loss"]))
-    rates_of = {run: rates(segments) for run, segments in plan.items()}
-    return [
-        SeedCurve(
-            run, seed, rates_of[run], *map(np.array, zip(*found, strict=True)), plan[run][0]["schedule"]["warmup"]
-        )
-        for (run, seed), found in points.items()
-    ]
+    found = []
+    for (run, seed), losses in points.items():
+        steps_T, losses_T = np.transpose(losses)
+        warmup = plan[run][0]["schedule"]["warmup"]
+        found.append(SeedCurve(run, seed, rates(plan[run]), steps_T.astype(int), losses_T, warmup))
+    return found
