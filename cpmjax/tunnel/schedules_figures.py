@@ -22,7 +22,7 @@ _FROM = 0.2  # of S: where the axis of the losses begins, which fall too far bef
 def periods(found: Comparison, plan: Plan) -> Any:
     """Cosines whose half period is half of S, S and twice S, and the loop, all at the same peak: loss, and rate below.
 
-    Curves are means over the seeds, bands span them.
+    Means over the seeds: what seeds have in common cancels between curves, `ends` has the intervals.
     """
     peak = found.best("cosine").peak
     figure, losses, shares = _two_panels(found.line(WSD).end)
@@ -37,7 +37,7 @@ def periods(found: Comparison, plan: Plan) -> Any:
 
 
 def branches(found: Comparison, plan: Plan) -> Any:
-    """The trunk, the decays that leave it, WSD-S, and the cosine at its best peak: loss, and rate below."""
+    """The trunk, decays that leave it, WSD-S, the cosine at its best peak: loss, mean over the seeds; rate below."""
     figure, losses, shares = _two_panels(found.line(WSD).end)
     trunk, cosine = found.line("constant"), found.best("cosine")
     first = found.line(EARLY_DECAYS[0])
@@ -60,7 +60,7 @@ def ends(found: Comparison) -> Any:
     """Held-out loss of all that ends at S less that of the decay of a tenth, on the same rows: each seed, the mean and
     its 95 % t-interval; and the steps that each took, before those that it would take from its beginning."""
     wsd = found.line(WSD)
-    lines = [line for line in found.lines.values() if line.end == wsd.end and np.isfinite(line.ends_R).all()]
+    lines = [line for line in found.lines.values() if line.end == wsd.end and line.finished]
     lines.sort(key=lambda line: -float(line.ends_R.mean()))
     figure, ((differences, steps),) = panels(1, 2, 4.8, 0.2 * len(lines) + 0.6)
     for row, line in enumerate(lines):
@@ -97,19 +97,21 @@ def _two_panels(total: int) -> tuple[Any, Any, Any]:
 
 
 def _curve(panel: Any, line: Line, color: str, label: str, before: Line | None) -> None:
-    """Its losses; a branch begins with that of its trunk where it left it."""
-    steps, losses_TR = np.array(line.steps), line.losses_TR
+    """Its losses, if it came to its end; a branch begins with that of its trunk where it left it."""
+    if not line.finished:
+        return
+    steps, losses = list(line.steps), list(line.losses_TR.mean(axis=1))
     if before is not None:
-        at = [np.interp(line.after, before.steps, each) for each in before.losses_TR.T]
-        steps, losses_TR = np.array([line.after, *steps]), np.vstack([at, losses_TR])
-    panel.plot(steps, losses_TR.mean(axis=1), color=color, linewidth=1.5, label=label or None)
-    panel.fill_between(steps, losses_TR.min(axis=1), losses_TR.max(axis=1), color=color, alpha=0.12, linewidth=0)
+        steps = [line.after, *steps]
+        losses = [np.interp(line.after, before.steps, before.losses_TR.mean(axis=1)), *losses]
+    panel.plot(steps, losses, color=color, linewidth=1.5, label=label or None)
 
 
 def _rate(panel: Any, segments: Segments, color: str, line: Line) -> None:
     """The rates of its own updates, from the last one of its trunk on."""
     first = max(line.after - 1, 0)
-    panel.plot(np.arange(first, line.end) + 1, rates(segments)[first:], color=color, linewidth=1.2)
+    if line.finished:
+        panel.plot(np.arange(first, line.end) + 1, rates(segments)[first:], color=color, linewidth=1.2)
 
 
 def _finished(figure: Any, losses: Any, shares: Any, title: str) -> Any:

@@ -44,8 +44,13 @@ class Line:
         return self.losses_TR[-1]
 
     def at(self, step: int) -> np.ndarray:
-        """Of each seed the loss after this many updates."""
-        return self.losses_TR[self.steps.index(step)]
+        """Of each seed the loss after this many updates, infinite where there is none."""
+        return self.losses_TR[self.steps.index(step)] if step in self.steps else np.full(self.ends_R.shape, math.inf)
+
+    @property
+    def finished(self) -> bool:
+        """With every seed."""
+        return bool(np.isfinite(self.ends_R).all())
 
 
 @dataclass(frozen=True)
@@ -145,8 +150,9 @@ def ends(found: Comparison) -> str:
     rows = [("run", "peak", "ends at", "held-out loss", "less that of wsd 10%", "steps trained")]
     total = found.line(WSD).end
     for line in sorted(found.lines.values(), key=lambda line: (line.end, float(line.ends_R.mean()))):
-        less = signed(t_interval(line.ends_R - found.line(WSD).ends_R)) if line.end == total else ""
-        loss = f"{line.ends_R.mean():.4f}"
+        compared = line.finished and line.end == total
+        less = signed(t_interval(line.ends_R - found.line(WSD).ends_R)) if compared else ""
+        loss = f"{line.ends_R.mean():.4f}" if line.finished else "diverged"
         rows.append((line.method, f"{line.peak:g}", str(line.end), loss, less, str(line.end - line.after)))
     return aligned(rows)
 
@@ -165,7 +171,7 @@ def peaks(found: Comparison) -> str:
 def family(found: Comparison) -> list[Line]:
     """The trunk and what left it, directly or through a decay: all that has its weights in common."""
     own = [line for line in found.lines.values() if line.peak == found.peak and line.method != "constant"]
-    branches = [line for line in own if line.method.startswith("wsd")]
+    branches = [line for line in own if line.method.startswith("wsd") and line.finished]
     return [found.line("constant"), *branches]
 
 
