@@ -19,6 +19,8 @@ from cpmjax.run.errors import UserError
 from cpmjax.run.schedule import WSDS
 from cpmjax.run.table import read_csv
 from cpmjax.studies import schedules as command
+from cpmjax.training.origin import Origin
+from cpmjax.training.timeline import Timeline
 from cpmjax.tunnel import schedules, schedules_figures, schedules_report
 from cpmjax.tunnel.paired import t_interval
 from cpmjax.tunnel.schedules_measure import measure
@@ -121,6 +123,15 @@ def test_the_rates_are_those_of_the_paper(config):
     assert loop[-1] < 0.0012 and loop[14] < 0.0012 and loop[27] > 0.0099
 
 
+@pytest.mark.parametrize("mode", ["coupled", "scaled", "independent"])
+def test_a_cosine_stays_at_its_floor_with_its_weight_decay(config, mode):
+    optimizer = replace(config.optimizer, weight_decay_mode=mode, weight_decay=0.1)
+    trials = {trial.labels["run"]: trial for trial in planned(replace(config, optimizer=optimizer), 1)}
+    tail = trials["cosine(S/2), then its floor"]
+    before, after = (Timeline(trial.config, Origin({})) for trial in (tail.trunk, tail))
+    assert after.rates(tail.after + 1) == pytest.approx(before.rates(tail.after)) and tail.total == TOTAL
+
+
 def test_a_plan_is_read_back_as_it_was_written(config, tmp_path):
     plan = schedules.plan_of(planned(config))
     schedules.save_plan(tmp_path, plan)
@@ -213,7 +224,9 @@ def test_each_method_is_taken_at_its_own_best_peak(config):
     def loss(method, peak, share):
         return papers(method, 2 * peak if method.startswith("wsd") else peak, share)
 
-    found, _ = judged(config, loss)
+    found, passed = judged(config, loss)
+    verdict = schedules_report.verdicts(found)[3]
+    assert passed[3] and verdict.measured.startswith("-0.0050")  # at the same peak it would be +0.0150
     assert (found.best("wsd 10%").peak, found.best("cosine").peak) == (0.005, 0.01)
     assert found.at_edge("wsd 10%") and not found.at_edge("cosine")
     assert "wsd 10%   0.005, at the edge of the grid" in schedules_report.describe(found)
