@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from small_series import small_series
 
+from cpmjax import study
 from cpmjax.model.presets import PRESETS
 from cpmjax.run import cli
 
@@ -165,6 +167,20 @@ def test_every_study_of_the_readme_and_of_the_family(folder):
         command = [re.sub(r"^2,4,8,16$", "1,2", word) for word in command]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
         assert done.returncode in (0, 1) and done.stdout.splitlines()[-1].startswith("verdict: "), done.stderr
+
+
+def test_every_study_that_is_named_somewhere_is_a_command(monkeypatch):
+    """With its flags and keys, in the README, and in the headers of experiments and the openings of notebooks."""
+    monkeypatch.chdir(ROOT)
+    texts = [file.read_text() for file in (ROOT / "experiments").rglob("*.yaml")]
+    cells = [cell for file in (ROOT / "notebooks").glob("*.ipynb") for cell in json.loads(file.read_text())["cells"]]
+    texts += ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    listed = [*commands(), *(line for text in texts for line in text.splitlines())]
+    found = [re.search(r"^#?\s*\S*python -m cpmjax\.study (.*?)(?:  .*)?$", line) for line in listed]
+    studies = [shlex.split(match[1]) for match in found if match]
+    assert len(studies) > 12
+    for words in studies:
+        study.parse(words)
 
 
 @pytest.mark.slow
