@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import Any
 
+from cpmjax.model.presets import PRESETS
 from cpmjax.run import flags
 from cpmjax.run.config import Config
 from cpmjax.run.errors import UserError
 from cpmjax.studies.common import EXPERIMENTS, conclude, run
 from cpmjax.tunnel import figures, schedules, schedules_figures, schedules_report
 from cpmjax.tunnel.schedules_measure import measure
+from cpmjax.tunnel.sizes import Axis
 
 _PEAKS = [0.25, 0.5, 1.0, 2.0]
 
@@ -24,6 +27,9 @@ def add_to(studies: Any) -> None:
         help="multiples of the experiment's learning rate, 1 among them, at which the constant rate and WSD 10 %% are "
         f"tried, and at twice those the cosine (default: {','.join(map(str, _PEAKS))})",
     )
+    parser.add_argument(
+        "--size", choices=PRESETS, metavar="PRESET", help="whose shape the model takes, as in tunnel-30m"
+    )
     parser.add_argument("--seeds", type=flags.positive, default=3, help="runs of each kind (default: 3)")
     experiment = EXPERIMENTS / "tunnel" / "schedules.yaml"
     parser.set_defaults(study=study, experiment=experiment, home="runs/schedules")
@@ -31,6 +37,9 @@ def add_to(studies: Any) -> None:
 
 def study(arguments: argparse.Namespace, config: Config) -> int:
     """Is warmup-stable-decay as good as a cosine, and what does the reuse of its trunk save?"""
+    if arguments.size is not None:
+        model = Axis("preset", (arguments.size,)).model(config.model, arguments.size, config.model.parametrisation)
+        config = replace(config, model=model)
     config = schedules.in_steps(config)
     peaks = [multiple * config.optimizer.learning_rate for multiple in arguments.peaks]
     planned = schedules.make_trials(config, peaks, arguments.seeds)

@@ -369,6 +369,19 @@ def test_the_command_goes_on_where_it_was_stopped(folder, tmp_path, capsys, monk
     assert again == code and len(Lines.read(tmp_path / "trials.jsonl")) == len(lines)
 
 
+def test_a_size_of_the_paper_is_one_flag(folder, tmp_path, monkeypatch):
+    def stop(config, trials, measure):
+        assert {(t.config.model.width, t.config.model.layers, t.config.model.vocabulary) for t in trials} == {
+            (512, 12, tunnel_jobs.MODEL["vocabulary"])
+        }
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "run", stop)
+    file = tunnel_jobs.experiment(folder, schedule=SCHEDULE)
+    with pytest.raises(KeyboardInterrupt):
+        study.main(["schedules", str(file), f"--run.directory={tmp_path}", "--size=tunnel-30m"])
+
+
 @pytest.mark.parametrize(
     "flag, message",
     [
@@ -376,6 +389,7 @@ def test_the_command_goes_on_where_it_was_stopped(folder, tmp_path, capsys, monk
         ("--peaks=1,2", "at least three"),
         ("--peaks=1,1,2", "each once"),
         ("--data.held_out=0", "data.held_out = 0"),
+        ("--size=tunnel-10m", "--size: invalid choice: 'tunnel-10m'"),
         ("--schedule.type=constant", "schedule.type = constant: expected wsd"),
     ],
 )
