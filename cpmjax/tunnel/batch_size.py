@@ -8,6 +8,7 @@ not. Beside the law stands what gradients say without a sweep: the noise scale, 
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -44,21 +45,18 @@ def make_trials(config: Config, axis: Axis, batches: Sequence[int], rate_power: 
     if config.schedule.unit != "tokens":
         raise UserError("schedule.unit = steps: expected tokens, so that every batch sees as much text")
     trials = []
-    for value in axis.values:
-        model = axis.model(config.model, value, config.model.parametrisation)
-        for rows in batches:
-            rate = config.optimizer.learning_rate * (rows / config.training.batch_size) ** rate_power
-            for seed in range(seeds):
-                experiment = replace(
-                    config,
-                    run=replace(config.run, seed=seed),
-                    model=model,
-                    optimizer=replace(config.optimizer, learning_rate=rate),
-                    training=replace(config.training, batch_size=rows),
-                )
-                labels = {"axis": axis.name, axis.name: value, "batch": rows * config.data.sequence_length}
-                labels |= {"learning_rate": rate, "seed": seed}
-                trials.append(Trial(labels, experiment, PARAMETRISATIONS[model.parametrisation]))
+    for seed, value, rows in itertools.product(range(seeds), axis.values, batches):  # a killed study has whole seeds
+        rate = config.optimizer.learning_rate * (rows / config.training.batch_size) ** rate_power
+        experiment = replace(
+            config,
+            run=replace(config.run, seed=seed),
+            model=axis.model(config.model, value, config.model.parametrisation),
+            optimizer=replace(config.optimizer, learning_rate=rate),
+            training=replace(config.training, batch_size=rows),
+        )
+        labels = {"axis": axis.name, axis.name: value, "batch": rows * config.data.sequence_length}
+        table = PARAMETRISATIONS[config.model.parametrisation]
+        trials.append(Trial(labels | {"learning_rate": rate, "seed": seed}, experiment, table))
     return trials
 
 
