@@ -45,7 +45,8 @@ def make_trials(config: Config, axis: Axis, batches: Sequence[int], rate_power: 
     if config.schedule.unit != "tokens":
         raise UserError("schedule.unit = steps: expected tokens, so that every batch sees as much text")
     trials = []
-    for seed, value, rows in itertools.product(range(seeds), axis.values, batches):  # a killed study has whole seeds
+    kinds = [(value, rows) for value in axis.values for rows in batches]
+    for seed, (value, rows) in itertools.product(range(seeds), kinds):  # a study that was stopped has whole seeds
         rate = config.optimizer.learning_rate * (rows / config.training.batch_size) ** rate_power
         experiment = replace(
             config,

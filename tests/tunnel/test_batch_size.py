@@ -12,6 +12,7 @@ import pytest
 import tunnel_jobs
 from test_study import run, without_clock
 
+from cpmjax import study
 from cpmjax.analysis.batch_law import BatchLaw
 from cpmjax.run.directory import Lines
 from cpmjax.run.errors import UserError
@@ -142,6 +143,17 @@ def test_every_batch_sees_the_same_text_at_the_rate_of_its_power(config):
             assert c.optimizer.learning_rate == labels["learning_rate"] and c.run.seed == labels["seed"]
         found = {trial.labels["batch"] // 32: trial.labels["learning_rate"] for trial in planned}
         assert list(found.values()) == pytest.approx(rates)
+
+
+def test_the_papers_sizes_take_one_override():
+    flags = ["batch-size", "--sizes=tunnel-9m,tunnel-30m,tunnel-0.17b", "--batches=16,32,64,128,256,512"]
+    keys = ["--data.sequence_length=4096", "--schedule.warmup=100_000_000", "--schedule.length=9_900_000_000"]
+    arguments, config = study.parse([*flags, *keys])
+    axis, seeds = Axis("preset", tuple(arguments.sizes)), arguments.seeds
+    planned = batch_size.make_trials(config, axis, arguments.batches, arguments.rate_power, seeds)
+    assert len(planned) == 3 * 6 * 3 and {trial.config.model.width for trial in planned} == {320, 512, 896}
+    assert {trial.labels["batch"] for trial in planned} == {2**power for power in range(16, 22)}
+    assert {trial.labels["learning_rate"] for trial in planned} == {0.01}
 
 
 def test_points_are_in_equal_ratios_from_the_end_of_the_warmup(config):
