@@ -124,23 +124,23 @@ def fit(losses: Sequence[float], batches: Sequence[float]) -> BatchLaw:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its 95 % interval."""
+    """A value, or an array of them, and its 95 % interval."""
 
-    value: float
-    low: float
-    high: float
+    value: Any
+    low: Any
+    high: Any
 
     def __str__(self) -> str:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
-def over_seeds(statistic: Callable[[np.ndarray], float], seeds: int) -> Estimate:
+def over_seeds(statistic: Callable[[np.ndarray], Any], seeds: int) -> Estimate:
     """`statistic` of the numbers of the seeds that count; its interval is that of the jackknife, which leaves out one
     at a time, with Student's t: no narrower than so few seeds allow. Without end if there is one seed."""
     value = statistic(np.arange(seeds))
     if seeds < 2:
-        return Estimate(value, -np.inf, np.inf)
+        return Estimate(value, value - np.inf, value + np.inf)
     without_S = np.array([statistic(np.delete(np.arange(seeds), seed)) for seed in range(seeds)])
-    error = np.sqrt((seeds - 1) * np.mean((without_S - without_S.mean()) ** 2))
-    reach = float(student.ppf(0.975, seeds - 1) * error)
+    error = np.sqrt((seeds - 1) * np.mean((without_S - without_S.mean(axis=0)) ** 2, axis=0))
+    reach = student.ppf(0.975, seeds - 1) * error
     return Estimate(value, value - reach, value + reach)

@@ -42,7 +42,7 @@ def study(arguments: argparse.Namespace, config: Config) -> int:
         raise UserError("--widths, --sizes: expected one of them")
     planned = batch_size.make_trials(config, axes[0], arguments.batches, arguments.rate_power, arguments.seeds)
     trials = run(config, planned, batch_size.measure)
-    found = batch_size.judge(batch_size.sizes(trials.rows()))
+    found = batch_size.Found(batch_size.sizes(trials.rows()))
     print(batch_size.describe(found), end="\n\n")
     figures.save(contours(found), trials.directory / "contours.png")
     figures.save(law(found), trials.directory / "law.png")

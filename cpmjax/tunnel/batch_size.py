@@ -12,6 +12,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -171,53 +172,53 @@ def sizes(rows: Iterable[Row]) -> list[Runs]:
 
 @dataclass(frozen=True)
 class Found:
-    """What the runs of all sizes say together."""
+    """What the runs of all sizes say together. The noise scale has a law of the same form as the best batch."""
 
     runs: list[Runs]
-    minima: list[list[Minimum | None]]  # of each size
-    law: BatchLaw
-    p: Estimate
-    noise: BatchLaw  # of the noise scale, in the same form
-    noise_p: Estimate
 
     @property
-    def inside(self) -> tuple[int, int]:
-        """Levels with a best batch inside of those measured, and all levels."""
-        every = [minimum for each in self.minima for minimum in each]
-        return sum(minimum is not None for minimum in every), len(every)
+    def seeds(self) -> int:
+        return min(runs.seeds for runs in self.runs)
+
+    def law(self, seeds: Seeds | None = None) -> BatchLaw:
+        """Of the best batch: through the minima of all sizes."""
+        found = [minimum for runs in self.runs for minimum in runs.minima(seeds) if minimum]
+        return batch_law.fit([minimum.loss for minimum in found], [minimum.batch for minimum in found])
+
+    def noise(self, seeds: Seeds | None = None) -> BatchLaw:
+        found = [(loss, noise.batch) for runs in self.runs for loss, noise in runs.noise(seeds)]
+        seen = [(loss, batch) for loss, batch in found if np.isfinite(batch)]
+        return batch_law.fit([loss for loss, _ in seen], [batch for _, batch in seen])
+
+    @cached_property
+    def p(self) -> Estimate:
+        return batch_law.over_seeds(lambda seeds: self.law(seeds).p, self.seeds)
+
+    @cached_property
+    def noise_p(self) -> Estimate:
+        return batch_law.over_seeds(lambda seeds: self.noise(seeds).p, self.seeds)
+
+    @cached_property
+    def minima(self) -> list[list[Minimum | None]]:
+        """The best batch of each level of the loss, for each size."""
+        return [runs.minima() for runs in self.runs]
+
+    @property
+    def inside(self) -> list[Minimum]:
+        """Those that lie inside of the batches that were measured."""
+        return [minimum for minima in self.minima for minimum in minima if minimum]
 
     @property
     def apart(self) -> list[float]:
         """For each level at which two sizes or more have a best batch: the largest over the smallest."""
         shared = defaultdict(list)
-        for minimum in (minimum for each in self.minima for minimum in each if minimum):
+        for minimum in self.inside:
             shared[round(minimum.loss, 6)].append(minimum.batch)
         return [max(each) / min(each) for each in shared.values() if len(each) > 1]
 
 
-def judge(runs: list[Runs]) -> Found:
-    seeds = min(each.seeds for each in runs)
-
-    def law(chosen: Seeds | None = None) -> BatchLaw:
-        found = [minimum for each in runs for minimum in each.minima(chosen) if minimum]
-        return batch_law.fit([m.loss for m in found], [m.batch for m in found])
-
-    def noise(chosen: Seeds | None = None) -> BatchLaw:
-        found = [(loss, noise.batch) for each in runs for loss, noise in each.noise(chosen) if np.isfinite(noise.batch)]
-        return batch_law.fit([loss for loss, _ in found], [batch for _, batch in found])
-
-    return Found(
-        runs,
-        [each.minima() for each in runs],
-        law(),
-        batch_law.over_seeds(lambda chosen: law(chosen).p, seeds),
-        noise(),
-        batch_law.over_seeds(lambda chosen: noise(chosen).p, seeds),
-    )
-
-
 def verdicts(found: Found) -> list[Verdict]:
-    inside, every = found.inside
+    inside, every = len(found.inside), sum(map(len, found.minima))
     most, bar = f">= {INSIDE_BAR:.0%} of the levels", f"p > {GROWTH_BAR:g}"
     return [
         Verdict(
@@ -244,22 +245,22 @@ def describe(found: Found) -> str:
         ends = [text for m in inside[:: max(1, len(inside) - 1)][:2] for text in (f"{m.loss:.2f}", f"{m.batch:,.0f}")]
         own = batch_law.fit([m.loss for m in inside], [m.batch for m in inside]).p
         table.append((each.name, str(len(minima)), str(len(inside)), *(ends + ["-"] * 4)[:4], f"{own:.1f}"))
+    law, noise, inside = found.law(), found.noise(), found.inside
     lines = [
         aligned(table),
         "best batch in tokens, loss in held-out nats per token; levels are 2 % of the loss apart\n",
-        f"best batch   {found.law.A:.3g} / L^{found.law.p:.2f} tokens, p {found.p}",
-        f"noise scale  {found.noise.A:.3g} / L^{found.noise.p:.2f} tokens, p {found.noise_p}",
+        f"best batch   {law.A:.3g} / L^{law.p:.2f} tokens, p {found.p}",
+        f"noise scale  {noise.A:.3g} / L^{noise.p:.2f} tokens, p {found.noise_p}",
         f"the paper    {PAPER.A:.3g} / L^{PAPER.p:.2f} tokens; L of C4, vocabulary 122,753: only p compares",
-        f"intervals: jackknife over {min(each.seeds for each in found.runs)} seeds, 95 % by Student's t",
+        f"intervals: jackknife over {found.seeds} seeds, 95 % by Student's t",
     ]
-    inside = [minimum for each in found.minima for minimum in each if minimum]
     if inside:
-        off = np.expm1(np.median([m.curvature for m in inside]) / 2 * np.log([2.0, 4.0]) ** 2)
-        lines.append(
-            f"a batch twice off the best costs {off[0]:.0%} more tokens, four times off {off[1]:.0%} (median of levels)"
-        )
-        ratio = np.median([m.batch for m in inside] / found.noise.batch(np.array([m.loss for m in inside])))
-        lines.append(f"the best batch is {ratio:.2g} times the noise scale at the same loss (median of levels)")
+        off = np.expm1(np.median([minimum.curvature for minimum in inside]) / 2 * np.log([2.0, 4.0]) ** 2)
+        ratio = np.median([minimum.batch / noise.batch(minimum.loss) for minimum in inside])
+        lines += [
+            f"a batch twice off the best costs {off[0]:.0%} more tokens, four times off {off[1]:.0%} (median level)",
+            f"the best batch is {ratio:.2g} times the noise scale at the same loss (median level)",
+        ]
     if found.apart:
         lines.append(
             f"sizes at the same loss: best batches within a factor of {np.median(found.apart):.2f} (median), "

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cpmjax.analysis.batch_law import PAPER, falling, levels, tokens_to
+from cpmjax.analysis.batch_law import PAPER, falling, levels, over_seeds, tokens_to
 from cpmjax.tunnel.batch_size import Found
 from cpmjax.tunnel.figures import panels
 
@@ -49,6 +49,8 @@ def contours(found: Found) -> Any:
             panel.set_xscale("log", base=2)
             panel.set_yscale("log")
             panel.set_xticks(batches_B, [f"{batch:,.0f}" for batch in batches_B], fontsize=8)
+            doublings = first * 2.0 ** np.arange(int(np.log2(last / first)) + 1)
+            panel.set_yticks(doublings, [f"{tokens:,.0f}" for tokens in doublings], fontsize=8)
             panel.minorticks_off()
             panel.set_xlabel("batch (tokens)", fontsize=9)
             panel.set_ylabel("tokens" if panel is above else "tokens to a loss", fontsize=9)
@@ -57,8 +59,9 @@ def contours(found: Found) -> Any:
 
 
 def law(found: Found) -> Any:
-    """Best batch and noise scale over the loss, with their fits; the paper's line belongs to another unit of loss."""
-    figure, ((panel,),) = panels(1, 1, 7.5, 5.2)
+    """Best batch and noise scale over the loss, with their fits and the 95 % band over seeds of the first; the paper's
+    line belongs to another unit of loss."""
+    figure, ((panel,),) = panels(1, 1, 9.5, 4.6)
     everything = []
     for runs, minima, color in zip(found.runs, found.minima, _COLORS * len(found.runs), strict=False):
         inside = [minimum for minimum in minima if minimum]
@@ -78,21 +81,24 @@ def law(found: Found) -> Any:
         everything += [m.loss for m in inside] + [loss for loss, _ in runs.noise()]
     panel.plot([], [], "x", color="#6b7280", label="noise scale of the gradient, with 95 %")
     line = np.geomspace(min(everything, default=1.0), max(everything, default=2.0), 50)
+    band = over_seeds(lambda seeds: np.log(found.law(seeds).batch(line)), found.seeds)
+    if np.isfinite(band.low).all():
+        panel.fill_between(line, np.exp(band.low), np.exp(band.high), color="black", alpha=0.1, lw=0)
     for each, style, name in (
-        (found.law, "-", "best batch"),
-        (found.noise, ":", "noise scale"),
+        (found.law(), "-", "best batch"),
+        (found.noise(), ":", "noise scale"),
         (PAPER, "--", "paper"),
     ):
         panel.plot(line, each.batch(line), style, color="black", lw=1.3, label=f"{name}: {each.A:.3g} / L^{each.p:.2f}")
     panel.set_xscale("log")
     panel.set_yscale("log")
     panel.invert_xaxis()
-    ticks = np.unique(np.round(line[::7], 1))
+    ticks = np.unique(np.round(line[::10], 1))
     panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     panel.minorticks_off()
     panel.set_xlabel("held-out loss (nats per token; the paper's: of C4, another vocabulary)", fontsize=9)
     panel.set_ylabel("tokens", fontsize=9)
     panel.grid(color="#eeeeee", linewidth=0.6)
     panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(fontsize=8, frameon=False)
+    figure.legend(fontsize=8, frameon=False, loc="outside right upper")
     return figure
