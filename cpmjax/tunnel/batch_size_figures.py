@@ -44,7 +44,8 @@ def contours(found: Found) -> Any:
                 bowl = minimum.tokens * np.exp(minimum.curvature / 2 * np.log(near / minimum.batch) ** 2)
                 below.plot(near, bowl, ":", color=color, lw=1.2)
                 below.plot(minimum.batch, minimum.tokens, "*", color="#dc2626", markersize=9, markeredgecolor="white")
-        below.legend(title="loss", fontsize=7, title_fontsize=7, frameon=False, loc="upper left", ncols=2)
+        below.legend(title="loss", fontsize=7, title_fontsize=7, frameon=False, loc="lower right", ncols=2)
+        below.set_xlim(batches_B[0] * 0.85, batches_B[-1] * 1.18)
         for panel in (above, below):
             panel.set_xscale("log", base=2)
             panel.set_yscale("log")
