@@ -16,7 +16,7 @@ _SHOWN = 8  # bowls in a panel
 
 def contours(found: Found) -> Any:
     """For each size: lines of equal loss over batch and tokens, with the best batch of each level in red (above); and
-    tokens over batch at some levels, the points that the parabolas go by (below)."""
+    tokens over batch at some levels of the loss, the points that the parabolas go by (below)."""
     from matplotlib import colormaps
 
     figure, grid = panels(2, len(found.runs), 4.4, 3.6)
@@ -37,15 +37,16 @@ def contours(found: Found) -> Any:
         shown = range(0, len(heights), max(1, -(-len(heights) // _SHOWN)))
         for color, index in zip(colormaps["viridis"](np.linspace(0, 0.9, len(shown))), shown, strict=True):
             reached_B = np.array([tokens_to(heights[index], *curve) for curve in curves])
-            below.plot(batches_B, reached_B, "o-", color=color, markersize=3, lw=1, label=f"{heights[index]:.2f}")
+            below.plot(batches_B, reached_B, "o-", color=color, markersize=3, lw=1)
+            last_B = np.flatnonzero(np.isfinite(reached_B))[-1]
+            below.text(batches_B[last_B] * 1.1, reached_B[last_B], f"{heights[index]:.2f}", color=color, fontsize=7)
             minimum = minima[index]
             if minimum:
                 near = np.geomspace(minimum.batch / 3, minimum.batch * 3)
                 bowl = minimum.tokens * np.exp(minimum.curvature / 2 * np.log(near / minimum.batch) ** 2)
                 below.plot(near, bowl, ":", color=color, lw=1.2)
                 below.plot(minimum.batch, minimum.tokens, "*", color="#dc2626", markersize=9, markeredgecolor="white")
-        below.legend(title="loss", fontsize=7, title_fontsize=7, frameon=False, loc="lower right", ncols=2)
-        below.set_xlim(batches_B[0] * 0.85, batches_B[-1] * 1.18)
+        below.set_xlim(batches_B[0] * 0.85, batches_B[-1] * 1.7)
         for panel in (above, below):
             panel.set_xscale("log", base=2)
             panel.set_yscale("log")
