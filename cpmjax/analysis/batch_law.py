@@ -114,12 +114,19 @@ def minima(batches_B: np.ndarray, curves: Sequence[Curve]) -> list[Minimum | Non
     ]
 
 
-def fit(losses: Sequence[float], batches: Sequence[float]) -> BatchLaw:
-    """By least squares on logarithms. NaN with fewer than three points, or all of one loss."""
-    if len(losses) < 3 or np.ptp(losses) == 0:
+def fit(losses: Sequence[float], batches: Sequence[float], groups: Sequence[Any] | None = None) -> BatchLaw:
+    """By least squares on logarithms; with `groups` p is common to them and A the geometric mean of their own ones.
+
+    NaN with fewer than three points, or if the loss is the same in each group.
+    """
+    x, y = np.log(losses), np.log(batches)
+    names = [0] * len(x) if groups is None else list(groups)
+    members = [[i for i, name in enumerate(names) if name == each] for each in dict.fromkeys(names)]
+    dx, dy = (np.concatenate([z[m] - z[m].mean() for m in members]) if members else z for z in (x, y))
+    if len(x) < 3 or np.ptp(dx) < 1e-12:
         return BatchLaw(float("nan"), float("nan"))
-    slope, intercept = np.polyfit(np.log(losses), np.log(batches), 1)
-    return BatchLaw(float(np.exp(intercept)), float(-slope))
+    p = -float(dx @ dy / (dx @ dx))
+    return BatchLaw(float(np.exp(np.mean([y[m].mean() + p * x[m].mean() for m in members]))), p)
 
 
 @dataclass(frozen=True)

@@ -127,17 +127,17 @@ class Runs:
         """The best batch of each level of the loss."""
         return batch_law.minima(self.batches_B, self.curves(seeds))
 
-    def noise(self, seeds: Seeds | None = None) -> list[tuple[float, NoiseScale]]:
-        """(held-out loss, noise scale) at each moment; |G|^2, S and the loss are means over seeds."""
+    def noise(self, seeds: Seeds | None = None) -> list[tuple[int, float, NoiseScale]]:
+        """(batch, held-out loss, noise scale) at each moment; |G|^2, S and the loss are means over seeds."""
         found = []
-        for each in self.gradients.values():
+        for (batch, _), each in self.gradients.items():
             chosen = [each[seed] for seed in (range(len(each)) if seeds is None else seeds) if seed < len(each)]
             if chosen:
                 parts = np.array([[noise.signal, noise.noise, noise.tokens] for _, noise in chosen]).mean(axis=0)
                 errors = np.array([[noise.signal_error, noise.noise_error] for _, noise in chosen])
                 errors = np.sqrt((errors**2).sum(axis=0)) / len(chosen)
                 loss = float(np.mean([loss for loss, _ in chosen]))
-                found.append((loss, NoiseScale(*map(float, (parts[0], parts[1], *errors, parts[2])))))
+                found.append((batch, loss, NoiseScale(*map(float, (parts[0], parts[1], *errors, parts[2])))))
         return found
 
 
@@ -186,9 +186,13 @@ class Found:
         return batch_law.fit([minimum.loss for minimum in found], [minimum.batch for minimum in found])
 
     def noise(self, seeds: Seeds | None = None) -> BatchLaw:
-        found = [(loss, noise.batch) for runs in self.runs for loss, noise in runs.noise(seeds)]
-        seen = [(loss, batch) for loss, batch in found if np.isfinite(batch)]
-        return batch_law.fit([loss for loss, _ in seen], [batch for _, batch in seen])
+        """Of the noise scale, within runs: at one loss it is larger in those of a larger batch, so that each size and
+        batch has its own A, of which this has the mean."""
+        found = [((runs.size, batch), loss, n.batch) for runs in self.runs for batch, loss, n in runs.noise(seeds)]
+        seen = [each for each in found if np.isfinite(each[2])]
+        return batch_law.fit(
+            [loss for _, loss, _ in seen], [scale for _, _, scale in seen], [run for run, _, _ in seen]
+        )
 
     @cached_property
     def p(self) -> Estimate:
@@ -228,9 +232,13 @@ def verdicts(found: Found) -> list[Verdict]:
             most,
             inside >= INSIDE_BAR * every > 0,
         ),
-        Verdict("best batch", "grows as the loss falls", f"L^-p, p = {found.p}", bar, found.p.low > GROWTH_BAR),
+        Verdict("best batch", "grows as the loss falls", f"L^-p, p = {found.p}", bar, bool(found.p.low > GROWTH_BAR)),
         Verdict(
-            "noise scale", "grows as the loss falls", f"L^-p, p = {found.noise_p}", bar, found.noise_p.low > GROWTH_BAR
+            "noise scale",
+            "grows as the loss of a run falls",
+            f"L^-p, p = {found.noise_p}",
+            bar,
+            bool(found.noise_p.low > GROWTH_BAR),
         ),
     ]
 
@@ -250,7 +258,7 @@ def describe(found: Found) -> str:
         aligned(table),
         "best batch in tokens, loss in held-out nats per token; levels are 2 % of the loss apart\n",
         f"best batch   {law.A:.3g} / L^{law.p:.2f} tokens, p {found.p}",
-        f"noise scale  {noise.A:.3g} / L^{noise.p:.2f} tokens, p {found.noise_p}",
+        f"noise scale  {noise.A:.3g} / L^{noise.p:.2f} tokens, p {found.noise_p}, within runs",
         f"the paper    {PAPER.A:.3g} / L^{PAPER.p:.2f} tokens; L of C4, vocabulary 122,753: only p compares",
         f"intervals: jackknife over {found.seeds} seeds, 95 % by Student's t",
     ]

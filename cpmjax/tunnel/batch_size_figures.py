@@ -75,12 +75,12 @@ def law(found: Found) -> Any:
             ms=5,
             label=f"best batch, {runs.name}",
         )
-        for loss, noise in runs.noise():
+        for _, loss, noise in runs.noise():
             low, high = noise.interval
             if np.isfinite(noise.batch):
                 reach = [[noise.batch - low], [min(high, 10 * noise.batch) - noise.batch]]
                 panel.errorbar(loss, noise.batch, reach, fmt="x", color=color, ms=5, lw=0.6, alpha=0.6)
-        everything += [m.loss for m in inside] + [loss for loss, _ in runs.noise()]
+        everything += [m.loss for m in inside] + [loss for _, loss, _ in runs.noise()]
     panel.plot([], [], "x", color="#6b7280", label="noise scale of the gradient, with 95 %")
     line = np.geomspace(min(everything, default=1.0), max(everything, default=2.0), 50)
     band = over_seeds(lambda seeds: np.log(found.law(seeds).batch(line)), found.seeds)

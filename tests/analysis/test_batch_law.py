@@ -100,8 +100,22 @@ def test_the_unit_of_the_loss_moves_the_constant_and_not_the_exponent():
     assert of_bytes.p == pytest.approx(6.24) and pytest.approx(1.21e9 / 2**6.24) == of_bytes.A
 
 
+def test_groups_share_the_exponent_and_have_constants_of_their_own():
+    """The group of the larger constant has the larger losses: through all points the law would seem to fall."""
+    losses, groups = np.array([3.0, 3.3, 3.6, 4.0, 4.4, 4.8]), ["a"] * 3 + ["b"] * 3
+    batches = np.array([1e6] * 3 + [2e7] * 3) / losses**5
+    found = fit(losses, batches, groups)
+    assert found.p == pytest.approx(5) and pytest.approx(np.sqrt(1e6 * 2e7)) == found.A
+    assert fit(losses, batches).p < 0
+    assert np.isnan(fit([4.0, 4.0, 3.0, 3.0], [1.0, 2.0, 3.0, 4.0], [0, 0, 1, 1]).p)
+
+
 def test_what_no_points_determine_is_not_a_number():
-    assert np.isnan(fit([4.0, 3.0], [100.0, 200.0]).p) and np.isnan(fit([4.0] * 3, [100.0] * 3).p)
+    assert (
+        np.isnan(fit([], []).p)
+        and np.isnan(fit([4.0, 3.0], [100.0, 200.0]).p)
+        and np.isnan(fit([4.0] * 3, [100.0] * 3).p)
+    )
 
 
 def test_the_interval_over_seeds_of_a_mean_is_students():
