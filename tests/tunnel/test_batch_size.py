@@ -165,23 +165,6 @@ def test_points_are_in_equal_ratios_from_the_end_of_the_warmup(config):
         assert ratios.max() < np.log(8) / 24 + 2 * rows_ * 32 / 128
 
 
-def test_measured_rows_fall_and_some_know_their_noise(config):
-    (trial,) = batch_size.make_trials(config, Axis("width", (16,)), (2,), 0.0, 1)
-    with tunnel_jobs.workbench(config) as bench:
-        found = batch_size.measure(bench, trial)
-    assert [row["step"] for row in found] == batch_size.observed(trial.config)
-    assert [row["tokens"] for row in found] == [64 * row["step"] for row in found]
-    assert found[-1]["heldout_loss"] < found[0]["heldout_loss"] < np.log(320) + 0.5
-    noisy = [row for row in found if "gradient_signal" in row]
-    assert len(noisy) == (len(found) - 1) // batch_size.NOISE_EVERY >= 1
-    assert all(row["gradient_noise"] > 0 and 16 < row["gradient_tokens"] <= 32 for row in noisy)
-
-
-# The command.
-
-FLAGS = ["--widths=16,32", "--batches=1,2,4", "--seeds=1"]
-
-
 def test_without_held_out_text_there_is_nothing_to_judge_by(config):
     config = replace(config, data=replace(config.data, held_out=0.0))
     (trial,) = batch_size.make_trials(config, Axis("width", (16,)), (2,), 0.0, 1)
@@ -189,8 +172,13 @@ def test_without_held_out_text_there_is_nothing_to_judge_by(config):
         batch_size.measure(bench, trial)
 
 
+# The command.
+
+FLAGS = ["--widths=16,32", "--batches=1,2,4", "--seeds=1"]
+
+
 @pytest.mark.slow
-def test_the_command_goes_on_and_repeats_nothing(folder, tmp_path):
+def test_the_command_measures_goes_on_and_repeats_nothing(folder, tmp_path):
     file = tunnel_jobs.experiment(folder)
     keys = [f"--schedule.{key}={value}" for key, value in SCHEDULE.items()]
     code, said = run("batch-size", file, *keys, f"--run.directory={tmp_path}", *FLAGS)
@@ -199,6 +187,15 @@ def test_the_command_goes_on_and_repeats_nothing(folder, tmp_path):
         map(lambda p: p.name, tmp_path.iterdir())
     )
     before, ledger = read_csv(tmp_path / "trials.csv"), (tmp_path / "trials.jsonl").read_bytes()
+    runs = {row["batch"]: [each for each in before if each["batch"] == row["batch"]] for row in before}
+    assert sorted(runs) == [32, 64, 128] and {row["width"] for row in before} == {16, 32}
+    for batch, found in runs.items():
+        assert all(row["tokens"] == batch * row["step"] for row in found)
+        narrow = [row for row in found if row["width"] == 16]
+        assert narrow[-1]["heldout_loss"] < narrow[0]["heldout_loss"] < np.log(320) + 0.5
+        noisy = [row for row in narrow if "gradient_signal" in row]
+        assert len(noisy) == (len(narrow) - 1) // batch_size.NOISE_EVERY >= 1
+        assert all(row["gradient_noise"] > 0 and 16 < row["gradient_tokens"] <= 32 for row in noisy)
     code, said = run("batch-size", file, *keys, f"--run.directory={tmp_path}", *FLAGS[:2], "--seeds=2")
     assert (tmp_path / "trials.jsonl").read_bytes().startswith(ledger) and "jackknife over 2 seeds" in said
     assert len(Lines.read(tmp_path / "trials.jsonl")) == 12
