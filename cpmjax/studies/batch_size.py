@@ -12,13 +12,13 @@ from cpmjax.studies.common import EXPERIMENTS, conclude, make_axes, run
 from cpmjax.tunnel import batch_size, figures
 from cpmjax.tunnel.batch_size_figures import contours, law
 
-_WIDTHS = [32, 64, 128]
+_WIDTHS = [32, 64]
 _BATCHES = [1, 2, 4, 8, 16, 32]
 
 
 def add_to(studies: Any) -> None:
     parser = studies.add_parser("batch-size", help="which batch costs the fewest tokens, as the loss falls?")
-    parser.add_argument("--widths", type=flags.whole_numbers, help="(default: 32,64,128, unless sizes are given)")
+    parser.add_argument("--widths", type=flags.whole_numbers, help="(default: 32,64, unless sizes are given)")
     parser.add_argument(
         "--sizes", type=flags.names, default=[], help="presets, as in tunnel-9m,tunnel-30m,tunnel-0.17b"
     )
