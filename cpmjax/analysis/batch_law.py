@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import isotonic_regression
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 LEVEL_STEP = 0.02  # from one level of the loss to the next, of its logarithm
 _AROUND = 2  # batches on either side of the best one that the parabola goes by
@@ -149,5 +149,5 @@ def over_seeds(statistic: Callable[[np.ndarray], Any], seeds: int) -> Estimate:
         return Estimate(value, value - np.inf, value + np.inf)
     without_S = np.array([statistic(np.delete(np.arange(seeds), seed)) for seed in range(seeds)])
     error = np.sqrt((seeds - 1) * np.mean((without_S - without_S.mean(axis=0)) ** 2, axis=0))
-    reach = student.ppf(0.975, seeds - 1) * error
+    reach = stdtrit(seeds - 1, 0.975) * error
     return Estimate(value, value - reach, value + reach)

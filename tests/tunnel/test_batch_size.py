@@ -154,6 +154,9 @@ def test_the_papers_sizes_take_one_override():
     assert len(planned) == 3 * 6 * 3 and {trial.config.model.width for trial in planned} == {320, 512, 896}
     assert {trial.labels["batch"] for trial in planned} == {2**power for power in range(16, 22)}
     assert {trial.labels["learning_rate"] for trial in planned} == {0.01}
+    keys = ["--schedule.type=cosine", "--schedule.unit=tokens", "--schedule.warmup=16_384", "--schedule.length=245_760"]
+    _, config = study.parse([*flags, *keys])
+    assert batch_size.observed(config)[0] * 512 == 16_384 and config.schedule.in_steps(config.batches).total == 512
 
 
 def test_points_are_in_equal_ratios_from_the_end_of_the_warmup(config):
