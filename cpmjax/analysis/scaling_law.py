@@ -73,22 +73,28 @@ def fit(N_T: np.ndarray, D_T: np.ndarray, losses_T: np.ndarray) -> ScalingLaw:
 
 
 def bootstrap(
-    N_T: np.ndarray, D_T: np.ndarray, losses_T: np.ndarray, resamples: int = 200, seed: int = 0
+    N_T: np.ndarray,
+    D_T: np.ndarray,
+    losses_T: np.ndarray,
+    resamples: int = 200,
+    seed: int = 0,
+    together_T: np.ndarray | None = None,
 ) -> list[ScalingLaw]:
     """The law fitted to each of `resamples` drawings, with replacement, of the trained models.
 
-    Percentiles over them, of a parameter or of anything computed from the law, are its bootstrap interval. Drawings
-    with fewer than two sizes or two amounts of data, which determine no law, are drawn again.
+    Percentiles over them, of a parameter or of anything computed from the law, are its bootstrap interval. Models with
+    the same value in `together_T`, as the branches of one trunk, which err together, are drawn together. Drawings with
+    fewer than two sizes or two amounts of data, which determine no law, are drawn again.
     """
     problem, unit_N, unit_D = _problem(N_T, D_T, losses_T)
     best = problem.solve(_GRID)
-    rng, count = np.random.default_rng(seed), len(losses_T)
+    groups, group_T = np.unique(np.arange(len(losses_T)) if together_T is None else together_T, return_inverse=True)
+    rng, count = np.random.default_rng(seed), len(groups)
     laws: list[ScalingLaw] = []
     while len(laws) < resamples:
-        drawn = rng.integers(0, count, count)
-        if _determined(N_T[drawn], D_T[drawn]):
-            found = problem.refine(best, np.bincount(drawn, minlength=count))
-            laws.append(_plain(found, unit_N, unit_D))
+        times_T = np.bincount(rng.integers(0, count, count), minlength=count)[group_T]
+        if _determined(N_T[times_T > 0], D_T[times_T > 0]):
+            laws.append(_plain(problem.refine(best, times_T), unit_N, unit_D))
     return laws
 
 
