@@ -22,6 +22,7 @@ from cpmjax.run import cli
 from cpmjax.run.directory import Lines
 from cpmjax.run.errors import UserError
 from cpmjax.run.table import read_csv
+from cpmjax.tunnel import transfer
 from cpmjax.tunnel.faults import FAULTS
 
 ROOT = Path(__file__).parents[1]
@@ -171,7 +172,7 @@ def test_a_rate_that_diverges_is_a_row_and_not_a_crash(small, tmp_path):
 
 
 def test_a_trial_that_fails_fails_the_verdict_and_all_of_them_the_study(small, tmp_path, monkeypatch):
-    measure, asked = study.transfer.measure, []
+    measure, asked = transfer.measure, []
 
     def failing(bench, trial):
         asked.append(trial)
@@ -180,7 +181,7 @@ def test_a_trial_that_fails_fails_the_verdict_and_all_of_them_the_study(small, t
         return measure(bench, trial)
 
     failing.__module__ = measure.__module__
-    monkeypatch.setattr(study.transfer, "measure", failing)
+    monkeypatch.setattr(transfer, "measure", failing)
     flags = ["transfer", small, f"--run.directory={tmp_path}", *GRID]
     code, said = run(*flags)
     assert code == 1 and "1 of 12 trials failed; the first one: MemoryError: no room" in said
@@ -192,7 +193,7 @@ def test_a_trial_that_fails_fails_the_verdict_and_all_of_them_the_study(small, t
     def hopeless(bench, trial):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(study.transfer, "measure", hopeless)
+    monkeypatch.setattr(transfer, "measure", hopeless)
     code, said = run("transfer", small, f"--run.directory={tmp_path / 'other'}", *GRID)
     assert code == 2 and said.endswith("every trial failed; the first one said: MemoryError: no room")
 

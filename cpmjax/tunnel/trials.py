@@ -44,24 +44,35 @@ class Diverged(Exception):
 
 @dataclass(frozen=True)
 class Trial:
-    """One training run of a study."""
+    """One training run of a study, from its beginning or from a state of another one."""
 
     labels: Row  # its columns in the table: what makes it different from the others
-    config: Config
+    config: Config  # its schedule is the whole one, from step 1, also where the trial is a branch
     table: Parametrisation
+    trunk: Trial | None = None  # whose run it goes on with, weights, moments and place in the text,
+    after: int = 0  # from its state after this many updates
+    keep: tuple[int, ...] = ()  # after which of its own updates its state is kept for branches
 
     def identity(self, recipe: str) -> str:
         """12 hexadecimal digits that stand for everything its results depend on."""
-        parts = (fingerprint(self.config), repr(self.table), recipe)
+        parts: tuple[Any, ...] = (fingerprint(self.config), repr(self.table), recipe)
+        if self.trunk is not None:
+            parts += (self.trunk.identity(recipe), self.after)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
     @property
+    def total(self) -> int:
+        """The step at which it ends."""
+        return self.config.schedule.in_steps(self.config.batches).total
+
+    @property
     def cost(self) -> float:
-        """Roughly, in FLOPs: what the estimate of the time left goes by."""
+        """Roughly, in FLOPs: what the estimate of the time left goes by. Of a branch, only its own updates."""
         batches = self.config.batches
-        steps = self.config.schedule.in_steps(batches).total
+        steps = self.total - self.after
+        tokens = batches.tokens(self.total) - batches.tokens(self.after)
         per_token = training_flops_per_token(self.config.model, self.config.data.sequence_length)
-        return per_token * batches.tokens(steps) + steps * _OVERHEAD_FLOPS
+        return per_token * tokens + steps * _OVERHEAD_FLOPS
 
 
 class Trials:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple
@@ -35,6 +36,7 @@ from cpmjax.training.padding import at_rest, padded
 from cpmjax.training.state import TrainState, abstract_state, initial_state
 from cpmjax.training.step import Batch, Rates, abstract_batch, batch_sharding, make_step, next_token_loss
 from cpmjax.training.timeline import Timeline
+from cpmjax.tunnel.states import States
 from cpmjax.tunnel.trials import Diverged, Trial
 
 _CHECKED_EVERY = 16  # steps; looking more often would make the device wait
@@ -59,7 +61,7 @@ class Program:
         self.by_row = batch_sharding(mesh, config)
         self.evaluate = HeldOut(config, workbench.text(config).held_out, workbench.tokenizer, self.by_row)
         optimizer = make_optimizer(model, config.optimizer)
-        abstract = abstract_state(model, optimizer, mesh, offload=config.optimizer.offload)
+        self.abstract = abstract = abstract_state(model, optimizer, mesh, offload=config.optimizer.offload)
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
 
         def step(state: TrainState, batch: Batch, rates: Rates, scales: mup.Scales):
@@ -88,6 +90,7 @@ class Workbench:
         self._stores = open_stores(config, self.tokenizer, say)
         self._texts: dict[str, Text] = {}
         self._programs: dict[str, Program] = {}
+        self._states = States(config.run.directory)
 
     def __enter__(self) -> Workbench:
         self._stack = contextlib.ExitStack()
@@ -95,6 +98,7 @@ class Workbench:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._states.close()
         self._stack.close()
 
     @cached_property
@@ -122,28 +126,68 @@ class Workbench:
     def train(self, trial: Trial, steps: Iterable[int], observe: Callable[[Moment], Iterable[Row]]) -> list[Row]:
         """Trains a trial to its end; `observe` turns chosen moments (0 is the beginning) into rows of its results.
 
-        Raises Diverged, with the rows so far, at the first loss or gradient found to be not finite.
+        A branch begins after its trunk's update `after`, and steps count from the beginning of the trunk. Raises
+        Diverged, with the rows so far, at the first loss or gradient found to be not finite.
         """
-        config, steps = trial.config, frozenset(steps)
+        config, steps, rows = trial.config, frozenset(steps), list[Row]()
+        program, scales = self.program(config.of_batch(config.training.batch_size)), scales_of(trial)
+
+        def moment(step: int, loss: float, state: TrainState) -> Moment:
+            return Moment(step, loss, at_rest(config.model, state.trainable), scales, program)
+
+        begin = self._beginning(trial)
+        if 0 in steps and trial.trunk is None:
+            rows += observe(moment(0, float("nan"), begin))
+        for step, state, loss in self._updates(trial, begin, trial.after, trial.total):
+            if step in steps or step % _CHECKED_EVERY == 0 or step == trial.total:
+                _check(state, step, rows)
+            if step in steps:
+                rows += observe(moment(step, float(loss), state))
+        return rows
+
+    def _beginning(self, trial: Trial) -> TrainState:
+        if trial.trunk is not None:
+            return self._state(trial.trunk, trial.after)
+        program = self.program(trial.config.of_batch(trial.config.training.batch_size))
+        return program.begin(jax.random.key(trial.config.run.seed), scales_of(trial))
+
+    def _state(self, trial: Trial, step: int) -> TrainState:
+        """After update `step` of a trial: as it was kept, or made again from the last one that was kept before it."""
+        kept = self._states.of(trial.identity(self.recipe))
+        program = self.program(trial.config.of_batch(trial.config.training.batch_size))
+        if step not in kept.steps():
+            before = max((each for each in kept.steps() if each < step), default=None)
+            after = trial.after if before is None else before
+            begin = self._beginning(trial) if before is None else kept.load(before, trial.config, program.abstract)
+            for _ in self._updates(replace(trial, keep=(step,)), begin, after, step):
+                pass
+        return kept.load(step, trial.config, program.abstract)
+
+    def _updates(
+        self, trial: Trial, state: TrainState, after: int, until: int
+    ) -> Iterator[tuple[int, TrainState, jax.Array]]:
+        """(step, state, loss) of each update; a state is gone with the next one. Keeps those that the trial names."""
+        config, scales = trial.config, scales_of(trial)
         timeline, text = Timeline(config, Origin({})), self.text(config)
         programs = {rows: self.program(config.of_batch(rows)) for rows in timeline.batch_sizes()}
-        program = self.program(config.of_batch(config.training.batch_size))
-        scales = as_arrays(mup.scales(config.model, config.optimizer, trial.table))
-        state = program.begin(jax.random.key(config.run.seed), scales)
-        rows: list[Row] = []
-        if 0 in steps:
-            rows += observe(Moment(0, float("nan"), at_rest(config.model, state.trainable), scales, program))
-        with Loader(text.batches, timeline.batches(0), program.by_row) as loader:
-            for step, batch in enumerate(loader, 1):
+        places = itertools.islice(timeline.batches(after), until - after)
+        with Loader(text.batches, places, next(iter(programs.values())).by_row) as loader:
+            for step, batch in enumerate(loader, after + 1):
                 run_step = programs[len(batch["tokens"])].step
                 state, metrics = run_step(state, batch, timeline.rates(step), scales)
-                due = step in steps or step % _CHECKED_EVERY == 0 or step == timeline.total
-                if due and int(state.skipped):
-                    raise Diverged(f"loss or gradient not finite by step {step}", rows)
-                if step in steps:
-                    parameters = at_rest(config.model, state.trainable)
-                    rows += observe(Moment(step, float(metrics["loss"]), parameters, scales, program))
-        return rows
+                if step in trial.keep:
+                    _check(state, step, [])
+                    self._states.of(trial.identity(self.recipe)).save(step, config, state)
+                yield step, state, metrics["loss"]
+
+
+def _check(state: TrainState, step: int, rows: list[Row]) -> None:
+    if int(state.skipped):
+        raise Diverged(f"loss or gradient not finite by step {step}", rows)
+
+
+def scales_of(trial: Trial) -> mup.Scales:
+    return as_arrays(mup.scales(trial.config.model, trial.config.optimizer, trial.table))
 
 
 def as_arrays(scales: mup.Scales) -> mup.Scales:

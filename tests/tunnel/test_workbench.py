@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import typing
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jobs
@@ -13,10 +15,11 @@ import tunnel_jobs
 
 from cpmjax.model import mup
 from cpmjax.run.optimizers import UpdateSize
+from cpmjax.run.schedule import WSD, WSDS
 from cpmjax.tunnel import transfer
 from cpmjax.tunnel.faults import FAULTS
 from cpmjax.tunnel.sizes import Axis
-from cpmjax.tunnel.trials import Diverged
+from cpmjax.tunnel.trials import Diverged, Trial
 from cpmjax.tunnel.workbench import shape_of
 
 WIDTHS = Axis("width", (16, 32))
@@ -147,3 +150,90 @@ def test_the_mesh_is_set_inside_only(config):
     with tunnel_jobs.workbench(config) as bench:
         assert jax.sharding.get_abstract_mesh().axis_names == bench.mesh.axis_names
     assert jax.sharding.get_abstract_mesh().empty
+
+
+# Branches.
+
+
+class Losses:
+    """Held-out losses of a trial by step, all of them observed."""
+
+    def __init__(self, bench) -> None:
+        self.bench = bench
+
+    def __call__(self, trial: Trial) -> dict[int, tuple[float, float]]:
+        def observe(moment):
+            return [{"step": moment.step, "loss": moment.loss} | held_out(moment)]
+
+        rows = self.bench.train(trial, range(trial.total + 1), observe)
+        return {row["step"]: (row["loss"], row["heldout_loss"]) for row in rows}
+
+
+def held_out(moment):
+    return moment.program.evaluate(moment.parameters, moment.scales.multipliers)
+
+
+def with_schedule(trial: Trial, schedule, **others) -> Trial:
+    return replace(trial, config=replace(trial.config, schedule=schedule), **others)
+
+
+@pytest.fixture
+def family(config, tmp_path):
+    """A trunk of 12 updates at the peak, two decays that leave it, and one that leaves the first of them."""
+    config = replace(config, run=replace(config.run, directory=str(tmp_path)))
+    (trunk,) = trials(config, rates=[0.02], axis=Axis("width", (32,)))
+    trunk = with_schedule(trunk, WSD(2, 10, 0), keep=(5, 9))
+    early = with_schedule(trunk, WSD(2, 3, 4), trunk=trunk, after=5, keep=(9,))
+    late = with_schedule(trunk, WSD(2, 7, 3), trunk=trunk, after=9, keep=())
+    again = with_schedule(trunk, WSDS(2, ((3, 4), (3, 2)), "exponential"), trunk=early, after=9, keep=())
+    return config, trunk, {"early": early, "late": late, "again": again}
+
+
+def test_a_branch_is_the_run_that_had_its_schedule_from_the_beginning(family):
+    config, trunk, branches = family
+    with tunnel_jobs.workbench(config) as bench:
+        losses = Losses(bench)
+        whole = losses(trunk)
+        assert sorted(whole) == list(range(13))
+        for name, branch in branches.items():
+            found, scratch = losses(branch), losses(replace(branch, trunk=None, after=0, keep=()))
+            assert sorted(found) == list(range(branch.after + 1, branch.total + 1)), name
+            assert found == {step: scratch[step] for step in found}, name  # bit by bit
+            last = min(branch.total, 12)
+            assert found[last] != whole[last], name
+    assert sorted(path.name for path in (Path(config.run.directory) / "states").glob("*/*")) == ["5", "9", "9"]
+
+
+def test_a_state_that_is_missing_is_made_again(family):
+    config, trunk, branches = family
+    with tunnel_jobs.workbench(config) as bench:
+        losses = Losses(bench)
+        losses(trunk)
+        expected = {name: losses(branch) for name, branch in branches.items()}
+    (states,) = {path.parent for path in (Path(config.run.directory) / "states").glob("*/5")}
+    shutil.rmtree(states / "9")  # the one at 5 is still there to go on from
+    with tunnel_jobs.workbench(config) as bench:
+        assert Losses(bench)(branches["late"]) == expected["late"]
+    shutil.rmtree(states.parent)  # of `again` two trunks are missing, one below the other
+    with tunnel_jobs.workbench(config) as bench:
+        assert Losses(bench)(branches["again"]) == expected["again"]
+
+
+def test_a_branch_is_another_trial_for_each_trunk_and_place(family):
+    _, trunk, branches = family
+    late = branches["late"]
+    other = replace(trunk, config=replace(trunk.config, run=replace(trunk.config.run, seed=4)))
+    different = [trunk, *branches.values(), replace(late, after=8), replace(late, trunk=other)]
+    different.append(replace(late, trunk=None, after=0))
+    assert len({each.identity("text") for each in different}) == len(different)
+    assert replace(trunk, keep=()).identity("text") == trunk.identity("text")
+    assert branches["late"].cost == pytest.approx(trunk.cost * 3 / 12)
+
+
+def test_a_branch_of_what_diverged_has_diverged(family):
+    config, trunk, branches = family
+    trunk = replace(trunk, config=replace(trunk.config, optimizer=replace(trunk.config.optimizer, learning_rate=1e37)))
+    branch = replace(branches["late"], trunk=trunk)
+    with tunnel_jobs.workbench(config) as bench, pytest.raises(Diverged, match="not finite by step 9") as caught:
+        Losses(bench)(branch)
+    assert caught.value.rows == []
