@@ -14,14 +14,14 @@ from cpmjax.tunnel import figures, scaling_law, scaling_law_report
 from cpmjax.tunnel.scaling_law_figures import contours, fits
 from cpmjax.tunnel.sizes import Axis
 
-_WIDTHS = [32, 64, 96, 128, 192]
-_ENDS = [0.06, 0.1, 0.18, 0.32, 0.56, 1.0]
+_WIDTHS = [32, 48, 64, 96, 128]
+_ENDS = [0.16, 0.23, 0.34, 0.48, 0.69, 1.0]
 
 
 def add_to(studies: Any) -> None:
     parser = studies.add_parser("scaling-law", help="how does the loss fall with size and data, and what is best?")
     parser.add_argument(
-        "--widths", type=flags.whole_numbers, default=[], help="(default: 32,64,96,128,192, unless sizes are given)"
+        "--widths", type=flags.whole_numbers, default=[], help="(default: 32,48,64,96,128, unless sizes are given)"
     )
     parser.add_argument("--sizes", type=flags.names, default=[], help="presets, as in tunnel-9m,tunnel-30m,tunnel-70m")
     parser.add_argument(
@@ -30,7 +30,7 @@ def add_to(studies: Any) -> None:
         default=_ENDS,
         help=f"where branches end, as shares of the schedule (default: {','.join(map(str, _ENDS))})",
     )
-    parser.add_argument("--seeds", type=flags.positive, default=3, help="trunks of each size (default: 3)")
+    parser.add_argument("--seeds", type=flags.positive, default=2, help="trunks of each size (default: 2)")
     parser.set_defaults(
         study=study, experiment=EXPERIMENTS / "tunnel" / "scaling_law.yaml", home="runs/scaling-law"
     )

@@ -128,13 +128,10 @@ class Grid:
         """What the same points would take with a run for each."""
         return int(self.D_E.sum())
 
-    def models(self, chosen_SE: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """N, D, loss and number of the trunk [T] of the models that are there, of all or of the chosen points."""
-        chosen_SER = np.isfinite(self.losses_SER)
-        if chosen_SE is not None:
-            chosen_SER = chosen_SER & chosen_SE[..., None]
-        S, E, R = np.nonzero(chosen_SER)
-        return self.N_S[S], self.D_E[E], self.losses_SER[chosen_SER], S * self.losses_SER.shape[-1] + R
+    def models(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """N, D, loss and the number of the trunk [T] of the models that are there."""
+        S, E, R = np.nonzero(np.isfinite(self.losses_SER))
+        return self.N_S[S], self.D_E[E], self.losses_SER[S, E, R], S * self.losses_SER.shape[-1] + R
 
     @property
     def rise_with_data(self) -> float:

@@ -72,9 +72,11 @@ def _predictions(grid: Grid) -> list[Prediction]:
     left_out = {f"{grid.axis} {size}": (at_S == s) & (at_E >= 0) for s, size in enumerate(grid.sizes)}
     left_out |= {f"{tokens:,.0f} tokens": (at_S >= 0) & (at_E == e) for e, tokens in enumerate(grid.D_E)}
     left_out["the largest and the longest"] = (at_S == S - 1) | (at_E == E - 1)
+    N_T, D_T, losses_T, _ = grid.models()
+    place_T = np.searchsorted(grid.N_S, N_T), np.searchsorted(grid.D_E, D_T)
+    laws = scaling_law.fits_without(N_T, D_T, losses_T, np.array([out_SE[place_T] for out_SE in left_out.values()]))
     found = []
-    for name, out_SE in left_out.items():
-        law = scaling_law.fit(*grid.models(~out_SE)[:3])
+    for (name, out_SE), law in zip(left_out.items(), laws, strict=True):
         errors_SE = law.loss(grid.N_S[:, None], grid.D_E) - grid.mean_SE
         found.append(Prediction(name, errors_SE[out_SE]))
     return found

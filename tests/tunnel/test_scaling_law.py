@@ -25,7 +25,7 @@ from cpmjax.tunnel.sizes import Axis
 
 PLANTED = ScalingLaw(C_N=25.0, a=0.35, C_D=300.0, b=0.4, L0=1.6)
 SIZES = {32: 23712, 64: 94528, 128: 377472, 256: 1508608}
-STEPS = (200, 400, 800, 1600, 3200)
+STEPS = (200, 800, 1600, 3200)
 
 
 def rows(law=PLANTED, noise=0.002, trunk_noise=0.0, sizes=SIZES, more=lambda width, step: 0.0):
@@ -45,7 +45,7 @@ def rows(law=PLANTED, noise=0.002, trunk_noise=0.0, sizes=SIZES, more=lambda wid
 @pytest.fixture(scope="module", autouse=True)
 def few_drawings():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "RESAMPLES", 20)
+        patch.setattr(report, "RESAMPLES", 12)
         yield
 
 
@@ -73,39 +73,40 @@ def test_a_planted_law_comes_back_with_its_optimum_and_passes(found):
 def test_what_is_left_out_is_each_size_each_amount_of_data_and_the_corner(found):
     left_out = {each.left_out: len(each.errors) for each in found.predictions}
     assert left_out == (
-        {f"width {width}": 5 for width in SIZES}
+        {f"width {width}": 4 for width in SIZES}
         | {f"{512 * step:,} tokens": 4 for step in STEPS}
-        | {"the largest and the longest": 8}
+        | {"the largest and the longest": 7}
     )
 
 
-def test_what_is_left_out_is_not_fitted():
+def test_what_is_left_out_is_not_fitted(found):
     """The largest model is off by 0.1 nats: a fit without it is not, and says so."""
-    off = report.find(scaling_law.grid(rows(noise=0, more=lambda width, step: -0.1 * (width == 256))))
+    grid = scaling_law.grid(rows(noise=0.0005, more=lambda width, step: -0.1 * (width == 256)))
+    off = report.find(grid, found.drawings)
     error = next(each for each in off.predictions if each.left_out == "width 256")
-    assert error.errors == pytest.approx([0.1] * 5, abs=0.005)
+    assert error.errors == pytest.approx([0.1] * 4, abs=0.01)
     assert not verdicts(off)["width 256, left out"].passed
 
 
-def test_branches_of_a_trunk_are_drawn_together():
-    """Where trunks differ and their branches agree, drawing models one by one makes the interval too narrow."""
-    noisy = report.find(scaling_law.grid(rows(noise=0.0, trunk_noise=0.03)))
-    trunks, models = (np.subtract(*noisy.interval(lambda law: law.L0, drawn)[::-1]) for drawn in ("trunks", "models"))
-    assert trunks > 1.3 * models
+def test_models_know_their_trunk():
+    N_T, D_T, losses_T, trunk_T = scaling_law.grid(rows()).models()
+    assert len({*zip(N_T, D_T, losses_T, strict=True)}) == len(trunk_T) == 4 * 4 * 2
+    for trunk in range(8):
+        mine = trunk_T == trunk
+        assert len(set(N_T[mine])) == 1 and sorted(D_T[mine]) == [512 * step for step in STEPS]
 
 
 @pytest.mark.parametrize("passes, rise", [(True, 0.009), (False, 0.011)])
 def test_a_size_that_gets_worse_with_data_and_one_that_is_worse_than_a_smaller_one(found, passes, rise):
-    N, longer, shorter = SIZES[64], 512 * 800, 512 * 400
+    N, longer, shorter = SIZES[64], 512 * 1600, 512 * 800
     more = PLANTED.loss(N, shorter) - PLANTED.loss(N, longer) + rise
-    grid = scaling_law.grid(rows(noise=0, more=lambda width, step: more * (width == 64 and step == 800)))
+    grid = scaling_law.grid(rows(noise=0, more=lambda width, step: more * (width == 64 and step == 1600)))
     assert grid.rise_with_data == pytest.approx(rise)
     judged = verdicts(replace(found, grid=grid))
     assert judged["more data is never worse"].passed is passes
-    assert judged["larger is never worse"].passed
 
     more = PLANTED.loss(SIZES[64], longer) - PLANTED.loss(SIZES[128], longer) + rise
-    grid = scaling_law.grid(rows(noise=0, more=lambda width, step: more * (width == 128 and step == 800)))
+    grid = scaling_law.grid(rows(noise=0, more=lambda width, step: more * (width == 128 and step == 1600)))
     assert grid.rise_with_size == pytest.approx(rise)
     assert verdicts(replace(found, grid=grid))["larger is never worse"].passed is passes
 
@@ -120,7 +121,7 @@ def test_an_exponent_that_the_data_leave_open_fails(found):
 def test_a_branch_that_diverged_is_left_out_and_fails(found):
     lost = [row for row in rows() if (row["width"], row["step"], row["seed"]) != (64, 800, 1)]
     grid = scaling_law.grid(lost)
-    assert np.isinf(grid.losses_SER).sum() == 1 and len(grid.models()[0]) == 4 * 5 * 2 - 1
+    assert np.isinf(grid.losses_SER).sum() == 1 and len(grid.models()[0]) == 4 * 4 * 2 - 1
     judged = verdicts(replace(found, grid=grid))
     assert not judged["more data is never worse"].passed and not judged["larger is never worse"].passed
 
@@ -141,8 +142,8 @@ def test_the_table_of_laws_reads_back(found, tmp_path):
 
 def test_what_is_said_and_drawn(found, tmp_path):
     said = report.describe(found)
-    trained, scratch = 512 * (2880 + 20 + 40 + 80 + 160 + 320), 512 * 6200
-    assert f"{trained:,} tokens a size and seed" in said and f"{scratch:,}: 1.8 times" in said
+    trained, scratch = 512 * (2880 + 20 + 80 + 160 + 320), 512 * 5800
+    assert f"{trained:,} tokens a size and seed" in said and f"{scratch:,}: 1.7 times" in said
     assert "0.32 times" in said  # of the text
     assert "give 192 at 4e+21 with N and D in billions" in said
     # At the paper's budget its own constants, in any unit of ours.
@@ -260,7 +261,7 @@ def test_the_command_writes_its_tables_and_goes_on_with_more_seeds(small, tmp_pa
         (["--ends=0.5,1,long"], "expected numbers"),
         (["--ends=0.01,0.5,1"], "--ends: 0.01 of 12 steps: expected at least one step of decay, after the 2 of"),
         (["--schedule.type=constant"], "schedule.type = constant: expected wsd"),
-        (["--data.held_out=0"], "data.held_out = 0"),
+        (["--data.held_out=0", "--ends=0.3,0.6,1", "--widths=16,32,64"], "data.held_out = 0"),
     ],
 )
 def test_bad_input_is_one_line_that_names_it(flags, message, folder, config, tmp_path):
@@ -274,5 +275,5 @@ def test_the_default_study_is_planned_from_its_experiment():
 
     arguments, config = study.parse(["scaling-law"])
     planned = scaling_law.make_trials(config, command._axis(arguments), arguments.ends, arguments.seeds)
-    assert len(planned) == 5 * 3 * 7 and config.run.directory == "runs/scaling-law"
-    assert sorted({trial.total for trial in planned if trial.trunk is not None}) == [192, 320, 576, 1024, 1792, 3200]
+    assert len(planned) == 5 * 2 * 7 and config.run.directory == "runs/scaling-law"
+    assert sorted({trial.total for trial in planned if trial.trunk is not None}) == [640, 920, 1360, 1920, 2760, 4000]
