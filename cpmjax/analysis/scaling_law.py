@@ -72,9 +72,7 @@ def fit(N_T: np.ndarray, D_T: np.ndarray, losses_T: np.ndarray) -> ScalingLaw:
     return _plain(problem.solve(_GRID), unit_N, unit_D)
 
 
-def fits_without(
-    N_T: np.ndarray, D_T: np.ndarray, losses_T: np.ndarray, left_out_KT: np.ndarray
-) -> list[ScalingLaw]:
+def fits_without(N_T: np.ndarray, D_T: np.ndarray, losses_T: np.ndarray, left_out_KT: np.ndarray) -> list[ScalingLaw]:
     """The law fitted to what each of K rows of booleans leaves in."""
     problem, unit_N, unit_D = _problem(N_T, D_T, losses_T)
     return [_plain(problem.solve(_GRID, ~left_out_T), unit_N, unit_D) for left_out_T in left_out_KT]

@@ -31,9 +31,7 @@ def add_to(studies: Any) -> None:
         help=f"where branches end, as shares of the schedule (default: {','.join(map(str, _ENDS))})",
     )
     parser.add_argument("--seeds", type=flags.positive, default=2, help="trunks of each size (default: 2)")
-    parser.set_defaults(
-        study=study, experiment=EXPERIMENTS / "tunnel" / "scaling_law.yaml", home="runs/scaling-law"
-    )
+    parser.set_defaults(study=study, experiment=EXPERIMENTS / "tunnel" / "scaling_law.yaml", home="runs/scaling-law")
 
 
 def study(arguments: argparse.Namespace, config: Config) -> int:
@@ -56,10 +54,8 @@ def _axis(arguments: argparse.Namespace) -> Axis:
         arguments.widths = arguments.widths or _WIDTHS
     (axis,) = make_axes(width=arguments.widths, preset=arguments.sizes)
     if len(axis.values) < 3:
-        flag = "--sizes" if arguments.sizes else "--widths"
-        raise UserError(
-            f"{flag} = {','.join(map(str, axis.values))}: expected at least three, the largest is predicted from the rest"
-        )
+        given = f"{'--sizes' if arguments.sizes else '--widths'} = {','.join(map(str, axis.values))}"
+        raise UserError(f"{given}: expected at least three, the largest is predicted from the rest")
     return axis
 
 

@@ -57,10 +57,7 @@ def make_trials(config: Config, axis: Axis, ends: Sequence[float], seeds: int) -
     """For each size and seed the trunk, to where its last branch leaves it, and a branch to each end."""
     planned = schedules(config, ends)
     return [
-        trial
-        for value in axis.values
-        for seed in range(seeds)
-        for trial in _line(config, axis, value, planned, seed)
+        trial for value in axis.values for seed in range(seeds) for trial in _line(config, axis, value, planned, seed)
     ]
 
 

@@ -1,4 +1,4 @@
-"""What the branches of a scaling-law study say: the law, how well it predicts what it has not seen, and the best N and D.
+"""What the branches of a scaling-law study say: the law, how well it predicts what it has not seen, the best N and D.
 
 The bars were set before the study was run. A law is used to predict a model that is not trained yet, so it is fitted
 without the largest size, and without the longest branches, and asked for them.
@@ -7,8 +7,10 @@ without the largest size, and without the longest branches, and asked for them.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 
 import numpy as np
 
@@ -83,31 +85,29 @@ def _predictions(grid: Grid) -> list[Prediction]:
 
 
 def verdicts(found: Findings) -> list[Verdict]:
-    grid, predicted = found.grid, {each.left_out: each for each in found.predictions}
-    judged = [
-        ("losses", "more data is never worse", grid.rise_with_data, RISE_BAR),
-        ("losses", "larger is never worse", grid.rise_with_size, RISE_BAR),
+    grid, error = found.grid, {each.left_out: each.mean for each in found.predictions}
+    made = [
+        Verdict("losses", criterion, f"{rise:+.4f}", f"<= {RISE_BAR:g} nats", rise <= RISE_BAR)
+        for criterion, rise in (
+            ("more data is never worse", grid.rise_with_data),
+            ("larger is never worse", grid.rise_with_size),
+        )
     ]
-    made = [Verdict(*what, f"{rise:+.4f}", f"<= {bar:g} nats", rise <= bar) for *what, rise, bar in judged]
-    for name in (f"{grid.axis} {grid.sizes[-1]}", f"{grid.D_E[-1]:,.0f} tokens"):
-        error = predicted[name].mean
-        made.append(
-            Verdict(
-                "prediction",
-                f"{name}, left out",
-                f"{error:.4f}",
-                f"<= {PREDICTION_BAR:g} nats",
-                error <= PREDICTION_BAR,
-            )
+    made += [
+        Verdict(
+            "prediction",
+            f"{name}, left out",
+            f"{error[name]:.4f}",
+            f"<= {PREDICTION_BAR:g} nats",
+            error[name] <= PREDICTION_BAR,
         )
+        for name in (f"{grid.axis} {grid.sizes[-1]}", f"{grid.D_E[-1]:,.0f} tokens")
+    ]
     for name, of in (("a", "size"), ("b", "data")):
-        low, high = found.interval(lambda law, name=name: getattr(law, name))
-        measured = f"{getattr(found.law, name):.3f} [{low:.3f}, {high:.3f}]"
-        made.append(
-            Verdict(
-                "law", f"the exponent of {of} is determined", measured, f"low end > {EXPONENT_BAR:g}", low > EXPONENT_BAR
-            )
-        )
+        value = operator.attrgetter(name)
+        low, high = found.interval(value)
+        measured, bar = f"{value(found.law):.3f} [{low:.3f}, {high:.3f}]", f"low end > {EXPONENT_BAR:g}"
+        made.append(Verdict("law", f"the exponent of {of} is determined", measured, bar, low > EXPONENT_BAR))
     return made
 
 
@@ -144,36 +144,38 @@ def describe(found: Findings) -> str:
 
 
 def _losses(grid: Grid) -> str:
-    rows = [(grid.axis, "N", *(f"D {tokens:,.0f}" for tokens in grid.D_E), "spread of the seeds")]
+    rows = [[grid.axis, "N", *(f"D {tokens:,.0f}" for tokens in grid.D_E), "spread of the seeds"]]
     for size, N, means, seeds in zip(grid.sizes, grid.N_S, grid.mean_SE, grid.losses_SER, strict=True):
         with np.errstate(invalid="ignore"):
             spread = np.ptp(seeds, axis=1).mean()
-        rows.append((str(size), f"{N:,.0f}", *(f"{loss:.4f}" for loss in means), f"{spread:.4f}"))
+        rows.append([str(size), f"{N:,.0f}", *(f"{loss:.4f}" for loss in means), f"{spread:.4f}"])
     trained, scratch = grid.tokens_trained, grid.tokens_from_scratch
     return (
         f"held-out loss at the end of each decay, in nats per token\n{aligned(rows)}\n"
-        f"Cost: a trunk and {len(grid.D_E)} decays are {trained:,} tokens a size and seed, a run for each point would be "
-        f"{scratch:,}: {scratch / trained:.1f} times as many. The longest branch has read the text {grid.epochs:.2f} "
-        "times."
+        f"Cost: a trunk and {len(grid.D_E)} decays are {trained:,} tokens a size and seed; a run for each point would "
+        f"be {scratch:,}, {scratch / trained:.1f} times as many. The longest branch has read the text "
+        f"{grid.epochs:.2f} times."
     )
 
 
 def _law(found: Findings) -> str:
-    values: list[tuple[str, Callable[[ScalingLaw], float]]] = [
-        (field.name, lambda law, name=field.name: getattr(law, name)) for field in fields(ScalingLaw)
-    ]
-    values += [("K^2", lambda law: law.K**2), ("eta", lambda law: law.eta)]
-    rows = [("", "value", "95 % over trunks", "95 % over models", "N and D in billions", "95 % over trunks")]
-    for name, value in values:
-        row = [name, f"{value(found.law):.4g}"]
-        row += [_range(*found.interval(value, drawn)) for drawn in ("trunks", "models")]
+    values: dict[str, Callable[[ScalingLaw], float]] = {
+        field.name: operator.attrgetter(field.name) for field in fields(ScalingLaw)
+    }
+    values |= {"K^2": lambda law: law.K**2, "eta": operator.attrgetter("eta")}
+    rows = [["", "value", "95 % over trunks", "95 % over models", "N and D in billions", "95 % over trunks"]]
+    for name, value in values.items():
+        row = [name, f"{value(found.law):.4g}", *(_range(*found.interval(value, drawn)) for drawn in found.drawings)]
         if name in ("C_N", "C_D", "K^2"):
-            row.append(f"{value(found.law.in_units(1e9)):.4g}")
-            row.append(_range(*found.interval(lambda law, value=value: value(law.in_units(1e9)))))
+            low, high = found.interval(partial(_in_billions, value))
+            rows.append([*row, f"{_in_billions(value, found.law):.4g}", _range(low, high)])
         else:
-            row += ["the same", ""]
-        rows.append(tuple(row))
+            rows.append([*row, "the same", ""])
     return f"L = C_N N^-a + C_D D^-b + L0; N / D = K^2 (C / 6)^eta, C = 6 N D\n{aligned(rows)}"
+
+
+def _in_billions(value: Callable[[ScalingLaw], float], law: ScalingLaw) -> float:
+    return value(law.in_units(1e9))
 
 
 def _errors(found: Findings) -> str:
@@ -187,25 +189,15 @@ def _errors(found: Findings) -> str:
 
 
 def _optimum(found: Findings) -> str:
-    grid, rows = found.grid, [("C", "N", "D", "D / N", "95 % over trunks", "Chinchilla", "MiniCPM", "")]
+    grid, rows = found.grid, [["C", "N", "D", "D / N", "95 % over trunks", "Chinchilla", "MiniCPM", ""]]
     for compute in budgets(grid):
         N, D = found.law.optimum(compute)
         inside = grid.N_S[0] <= N <= grid.N_S[-1] and grid.D_E[0] <= D <= grid.D_E[-1]
-        published = (
-            tokens_per_parameter(HOFFMANN.K**2, HOFFMANN.eta, compute),
-            tokens_per_parameter(**MINICPM, compute=compute),
-        )
-        rows.append(
-            (
-                f"{compute:.0e}",
-                f"{N:,.3g}",
-                f"{D:,.3g}",
-                f"{D / N:.3g}",
-                _range(*found.interval(lambda law, C=compute: ratio(law, C))),
-                *(f"{each:.3g}" for each in published),
-                "" if inside else "beyond what was trained",
-            )
-        )
+        interval = _range(*found.interval(partial(ratio, compute=compute)))
+        published = [ratio(HOFFMANN, compute), tokens_per_parameter(**MINICPM, compute=compute)]
+        row = [f"{compute:.0e}", f"{N:,.3g}", f"{D:,.3g}", f"{D / N:.3g}", interval]
+        row += [f"{each:.3g}" for each in published]
+        rows.append([*row, "" if inside else "beyond what was trained"])
     return f"least loss for C = 6 N D floating-point operations\n{aligned(rows)}"
 
 
@@ -215,14 +207,15 @@ def ratio(law: ScalingLaw, compute: float) -> float:
 
 
 def _sure(found: Findings) -> str:
-    low, high = found.interval(lambda law: ratio(law, MINICPM_BUDGET))
+    low, high = found.interval(partial(ratio, compute=MINICPM_BUDGET))
     plain = tokens_per_parameter(MINICPM["K2"], MINICPM["eta"], MINICPM_BUDGET)
     return (
-        f"D / N does not depend on the unit of N and D, but K^2 does: the published K^2 = 0.01 and eta = -0.10 give 192 at "
-        f"{MINICPM_BUDGET:.0e} with N and D in billions, and {plain:,.0f} if they are taken for plain numbers.\n"
+        "D / N does not depend on the unit of N and D, but K^2 does: the published K^2 = 0.01 and eta = -0.10 give 192 "
+        f"at {MINICPM_BUDGET:.0e} with N and D in billions, and {plain:,.0f} if they are taken for plain numbers.\n"
         "The columns Chinchilla and MiniCPM are those laws read far below where they were fitted, and of other texts, "
-        "vocabularies and losses: a direction, no comparison. N is without the embedding, which is most of a small "
-        f"model.\nAt {MINICPM_BUDGET:.0e} this study itself says {_range(low, high)}: that is what its exponents leave open."
+        "vocabularies and losses: a direction, no comparison. N is without the embedding, a large part of a small "
+        f"model.\nAt {MINICPM_BUDGET:.0e} this study itself says {_range(low, high)} tokens per parameter: that is how "
+        "far its exponents carry."
     )
 
 

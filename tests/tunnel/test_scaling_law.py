@@ -60,7 +60,7 @@ def verdicts(found):
 
 def test_a_planted_law_comes_back_with_its_optimum_and_passes(found):
     assert [found.law.a, found.law.b] == pytest.approx([PLANTED.a, PLANTED.b], abs=0.01)
-    assert found.law.L0 == pytest.approx(PLANTED.L0, abs=0.02)
+    assert abs(found.law.L0 - PLANTED.L0) < 0.02
     assert found.law.optimum(1e12) == pytest.approx(PLANTED.optimum(1e12), rel=0.1)
     for drawn in ("trunks", "models"):
         low, high = found.interval(lambda law: law.a, drawn)
@@ -143,7 +143,7 @@ def test_the_table_of_laws_reads_back(found, tmp_path):
 def test_what_is_said_and_drawn(found, tmp_path):
     said = report.describe(found)
     trained, scratch = 512 * (2880 + 20 + 80 + 160 + 320), 512 * 5800
-    assert f"{trained:,} tokens a size and seed" in said and f"{scratch:,}: 1.7 times" in said
+    assert f"{trained:,} tokens a size and seed" in said and f"be {scratch:,}, 1.7 times" in said
     assert "0.32 times" in said  # of the text
     assert "give 192 at 4e+21 with N and D in billions" in said
     # At the paper's budget its own constants, in any unit of ours.
@@ -187,7 +187,9 @@ def test_each_size_and_seed_is_a_trunk_and_its_branches(config):
             assert branch.trunk is trunk and branch.after in trunk.keep
             assert branch.after == branch.labels["after"] == total * 9 // 10
             schedule = branch.config.schedule
-            assert schedule == WSD(2, branch.after - 2, total // 10, whole.shape, whole.floor) and schedule.total == total
+            assert (
+                schedule == WSD(2, branch.after - 2, total // 10, whole.shape, whole.floor) and schedule.total == total
+            )
             assert branch.config == replace(trunk.config, schedule=schedule)
         assert trunk.labels["parameters"] == count(trunk.config.model, embeddings=False)
     places = [(trial.labels["width"], trial.labels["seed"]) for trial in planned if trial.trunk is None]
@@ -196,7 +198,9 @@ def test_each_size_and_seed_is_a_trunk_and_its_branches(config):
 
 def test_cost_grows_with_the_longest_branch_and_not_with_their_number(config):
     steps = {
-        ends: sum(trial.total - trial.after for trial in scaling_law.make_trials(config, Axis("width", (16, 32)), ends, 1))
+        ends: sum(
+            trial.total - trial.after for trial in scaling_law.make_trials(config, Axis("width", (16, 32)), ends, 1)
+        )
         for ends in ((1.0,), tuple(ENDS), (0.25, 0.5, 0.75, 1.0))
     }
     assert list(steps.values()) == [2 * (36 + 4), 2 * (36 + 7), 2 * (36 + 1 + 2 + 3 + 4)]
