@@ -47,6 +47,9 @@ def fits(found: Findings) -> Any:
     _finish(over_data, "D: tokens at the end of the decay", "held-out loss (nats per token)", "over data")
     _finish(over_size, "N: parameters without the embedding", "held-out loss (nats per token)", "over size")
     _finish(left, "D", "measured less the law (nats per token)", "what the law leaves")
+    for panel, at in ((over_data, grid.D_E), (over_size, grid.N_S), (left, grid.D_E)):
+        panel.set_xticks(at, map(_short, at), rotation=45)
+        panel.minorticks_off()
     over_data.legend(fontsize=8, frameon=False)
     over_size.legend(fontsize=8, frameon=False)
     return figure
@@ -82,7 +85,8 @@ def contours(found: Findings) -> Any:
         plane.plot(N, compute / 6 / N, "--", color=color, linewidth=1)
         slices.plot(N, law.loss(N, compute / 6 / N), color=color, linewidth=1.5, label=f"C = {compute:.0e}")
         least = law.optimum(compute)
-        slices.plot(least[0], law.loss(*least), "*", color=color, markersize=12, markeredgecolor="white")
+        if N[0] < least[0] < N[-1]:
+            slices.plot(least[0], law.loss(*least), "*", color=color, markersize=12, markeredgecolor="white")
     plane.set_xlim(N[0], N[-1])
     plane.set_ylim(D[0], D[-1])
     plane.set_yscale("log")
@@ -111,5 +115,8 @@ def _finish(panel: Any, x: str, y: str, title: str) -> None:
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def _short(tokens: float) -> str:
-    return f"{tokens / 1e6:.3g}M" if tokens >= 1e6 else f"{tokens / 1e3:.3g}k"
+def _short(number: float) -> str:
+    return next(
+        (f"{number / unit:.3g}{name}" for unit, name in ((1e9, "B"), (1e6, "M")) if number >= unit),
+        f"{number / 1e3:.3g}k",
+    )
