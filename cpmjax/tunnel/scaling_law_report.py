@@ -1,6 +1,6 @@
 """What the branches of a scaling-law study say: the law, how well it predicts what it has not seen, the best N and D.
 
-The bars were set before the study was run. A law is used to predict a model that is not trained yet, so it is fitted
+The bars were set before anything was trained. A law is used to predict a model that is not trained yet, so it is fitted
 without the largest size, and without the longest branches, and asked for them.
 """
 
