@@ -48,8 +48,7 @@ def fits(found: Findings) -> Any:
     _finish(over_size, "N: parameters without the embedding", "held-out loss (nats per token)", "over size")
     _finish(left, "D", "measured less the law (nats per token)", "what the law leaves")
     for panel, at in ((over_data, grid.D_E), (over_size, grid.N_S), (left, grid.D_E)):
-        panel.set_xticks(at, map(_short, at), rotation=45)
-        panel.minorticks_off()
+        _ticks(panel.xaxis, at)
     over_data.legend(fontsize=8, frameon=False)
     over_size.legend(fontsize=8, frameon=False)
     return figure
@@ -91,10 +90,13 @@ def contours(found: Findings) -> Any:
     plane.set_ylim(D[0], D[-1])
     plane.set_yscale("log")
     _finish(plane, "N: parameters without the embedding", "D: tokens", "the law, nats per token")
-    plane.legend(fontsize=8, frameon=False, loc="lower left")
+    _ticks(plane.xaxis, grid.N_S)
+    _ticks(plane.yaxis, grid.D_E)
+    plane.legend(fontsize=8, loc="lower left")
     top = law.loss(grid.N_S, grid.D_E[0]).max()
     slices.set_ylim(losses.min() - 0.05, top)
     _finish(slices, "N: parameters without the embedding", "loss of the law (nats per token)", "at equal compute")
+    _ticks(slices.xaxis, grid.N_S)
     slices.legend(fontsize=8, frameon=False)
     return figure
 
@@ -113,6 +115,11 @@ def _finish(panel: Any, x: str, y: str, title: str) -> None:
     panel.tick_params(labelsize=8)
     panel.grid(color="#eeeeee", linewidth=0.6)
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def _ticks(axis: Any, at: np.ndarray) -> None:
+    axis.set_ticks(at, map(_short, at), rotation=45)
+    axis.set_ticks([], minor=True)
 
 
 def _short(number: float) -> str:
