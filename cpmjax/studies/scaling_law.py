@@ -39,7 +39,7 @@ def study(arguments: argparse.Namespace, config: Config) -> int:
     planned = scaling_law.make_trials(config, _axis(arguments), arguments.ends, arguments.seeds)
     trials = run(config, planned, scaling_law.measure)
     found = scaling_law_report.find(scaling_law.grid(trials.rows()))
-    write_csv(trials.directory / "laws.csv", scaling_law_report.laws_table(found))
+    write_csv(trials.directory / "laws.csv", found.table())
     figures.save(fits(found), trials.directory / "fits.png")
     figures.save(contours(found), trials.directory / "contours.png")
     print(scaling_law_report.describe(found), end="\n\n")

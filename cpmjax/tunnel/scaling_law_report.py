@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 
@@ -45,43 +45,64 @@ class Prediction:
 @dataclass(frozen=True)
 class Findings:
     grid: Grid
-    law: ScalingLaw
-    drawings: dict[str, list[ScalingLaw]]  # the law of each bootstrap drawing, by what was drawn: trunks, models
-    predictions: list[Prediction]  # each size left out, each amount of data, and the largest of both
+    law: ScalingLaw  # of all models
+    drawings: dict[str, list[ScalingLaw]]  # of each bootstrap drawing, by what was drawn: trunks, models
+    without: dict[str, ScalingLaw]  # of what was left, by what was left out
 
     def interval(self, value: Callable[[ScalingLaw], float], drawn: str = "trunks") -> tuple[float, float]:
         """Where anything that a law says lies for 95 of 100 drawings."""
         low, high = np.percentile([value(law) for law in self.drawings[drawn]], [2.5, 97.5])
         return float(low), float(high)
 
+    @property
+    def predictions(self) -> list[Prediction]:
+        """Each size left out, each amount of data, and the largest of both."""
+        grid, places = self.grid, _left_out(self.grid)
+        return [
+            Prediction(name, (law.loss(grid.N_S[:, None], grid.D_E) - grid.mean_SE)[places[name]])
+            for name, law in self.without.items()
+        ]
 
-def find(grid: Grid, drawings: dict[str, list[ScalingLaw]] | None = None) -> Findings:
-    """Fits the law to all models, to drawings of them (if they are not given), and without each size and amount of
-    data. Raises UserError if too few models are there."""
+    def table(self) -> list[Row]:
+        """A line for each law: what it was fitted to, and its constants in plain units."""
+        laws = [("everything", self.law)]
+        laws += [(f"drawn {drawn}", law) for drawn, drawings in self.drawings.items() for law in drawings]
+        laws += [(f"without {left_out}", law) for left_out, law in self.without.items()]
+        return [{"fitted_to": name} | asdict(law) for name, law in laws]
+
+    @staticmethod
+    def read(grid: Grid, table: Iterable[Row]) -> Findings:
+        """From the two tables of a study, without a fit."""
+        law: dict[str, ScalingLaw] = {}
+        drawings: dict[str, list[ScalingLaw]] = {"trunks": [], "models": []}
+        for row in table:
+            found = ScalingLaw(**{field.name: float(row[field.name]) for field in fields(ScalingLaw)})
+            if row["fitted_to"].startswith("drawn "):
+                drawings[row["fitted_to"].removeprefix("drawn ")].append(found)
+            else:
+                law[row["fitted_to"].removeprefix("without ")] = found
+        return Findings(grid, law.pop("everything"), drawings, law)
+
+
+def find(grid: Grid) -> Findings:
+    """Fits the law to all models, to drawings of them, and without each size and amount of data. Raises UserError if
+    too few models are there."""
     N_T, D_T, losses_T, trunk_T = grid.models()
-    law = scaling_law.fit(N_T, D_T, losses_T)
-    if drawings is None:
-        drawings = {
-            drawn: scaling_law.bootstrap(N_T, D_T, losses_T, RESAMPLES, together_T=together_T)
-            for drawn, together_T in (("trunks", trunk_T), ("models", None))
-        }
-    return Findings(grid, law, drawings, _predictions(grid))
-
-
-def _predictions(grid: Grid) -> list[Prediction]:
-    S, E = grid.mean_SE.shape
-    at_S, at_E = np.arange(S)[:, None], np.arange(E)
-    left_out = {f"{grid.axis} {size}": (at_S == s) & (at_E >= 0) for s, size in enumerate(grid.sizes)}
-    left_out |= {f"{tokens:,.0f} tokens": (at_S >= 0) & (at_E == e) for e, tokens in enumerate(grid.D_E)}
-    left_out["the largest and the longest"] = (at_S == S - 1) | (at_E == E - 1)
-    N_T, D_T, losses_T, _ = grid.models()
-    place_T = np.searchsorted(grid.N_S, N_T), np.searchsorted(grid.D_E, D_T)
+    drawings = {
+        drawn: scaling_law.bootstrap(N_T, D_T, losses_T, RESAMPLES, together_T=together_T)
+        for drawn, together_T in (("trunks", trunk_T), ("models", None))
+    }
+    place_T, left_out = (np.searchsorted(grid.N_S, N_T), np.searchsorted(grid.D_E, D_T)), _left_out(grid)
     laws = scaling_law.fits_without(N_T, D_T, losses_T, np.array([out_SE[place_T] for out_SE in left_out.values()]))
-    found = []
-    for (name, out_SE), law in zip(left_out.items(), laws, strict=True):
-        errors_SE = law.loss(grid.N_S[:, None], grid.D_E) - grid.mean_SE
-        found.append(Prediction(name, errors_SE[out_SE]))
-    return found
+    return Findings(grid, scaling_law.fit(N_T, D_T, losses_T), drawings, dict(zip(left_out, laws, strict=True)))
+
+
+def _left_out(grid: Grid) -> dict[str, np.ndarray]:
+    """Booleans [S, E] for what a fit is asked of without having seen it, by its name."""
+    S, E = np.indices(grid.mean_SE.shape)
+    left_out = {f"{grid.axis} {size}": S == s for s, size in enumerate(grid.sizes)}
+    left_out |= {f"{tokens:,.0f} tokens": E == e for e, tokens in enumerate(grid.D_E)}
+    return left_out | {"the largest and the longest": (S == S[-1, -1]) | (E == E[-1, -1])}
 
 
 def verdicts(found: Findings) -> list[Verdict]:
@@ -112,23 +133,6 @@ def verdicts(found: Findings) -> list[Verdict]:
 
 
 # Tables.
-
-
-def laws_table(found: Findings) -> list[Row]:
-    """The law of all models, then that of each drawing: what was drawn, and its constants in plain units."""
-    rows = [("everything", found.law)]
-    rows += [(drawn, law) for drawn, laws in found.drawings.items() for law in laws]
-    return [{"drawn": drawn} | asdict(law) for drawn, law in rows]
-
-
-def read_drawings(rows: Sequence[Row]) -> dict[str, list[ScalingLaw]]:
-    """The drawings of a `laws_table`."""
-    names = [field.name for field in fields(ScalingLaw)]
-    drawings: dict[str, list[ScalingLaw]] = {"trunks": [], "models": []}
-    for row in rows:
-        if row["drawn"] in drawings:
-            drawings[row["drawn"]].append(ScalingLaw(**{name: float(row[name]) for name in names}))
-    return drawings
 
 
 def budgets(grid: Grid) -> list[float]:

@@ -16,7 +16,7 @@ from cpmjax.model.parameters import count
 from cpmjax.run.directory import Lines
 from cpmjax.run.errors import UserError
 from cpmjax.run.schedule import WSD, Constant
-from cpmjax.run.table import read_csv
+from cpmjax.run.table import read_csv, write_csv
 from cpmjax.studies import scaling_law as command
 from cpmjax.tunnel import figures, scaling_law
 from cpmjax.tunnel import scaling_law_report as report
@@ -79,10 +79,10 @@ def test_what_is_left_out_is_each_size_each_amount_of_data_and_the_corner(found)
     )
 
 
-def test_what_is_left_out_is_not_fitted(found):
+def test_what_is_left_out_is_not_fitted():
     """The largest model is off by 0.1 nats: a fit without it is not, and says so."""
     grid = scaling_law.grid(rows(noise=0.0005, more=lambda width, step: -0.1 * (width == 256)))
-    off = report.find(grid, found.drawings)
+    off = report.find(grid)
     error = next(each for each in off.predictions if each.left_out == "width 256")
     assert error.errors == pytest.approx([0.1] * 4, abs=0.01)
     assert not verdicts(off)["width 256, left out"].passed
@@ -132,12 +132,12 @@ def test_a_table_without_branches():
 
 
 def test_the_table_of_laws_reads_back(found, tmp_path):
-    from cpmjax.run.table import write_csv
-
-    write_csv(tmp_path / "laws.csv", report.laws_table(found))
+    write_csv(tmp_path / "laws.csv", found.table())
     table = read_csv(tmp_path / "laws.csv")
-    assert report.read_drawings(table) == found.drawings
-    assert table[0]["drawn"] == "everything" and table[0]["a"] == found.law.a
+    back = report.Findings.read(found.grid, table)
+    assert (back.law, back.drawings, back.without) == (found.law, found.drawings, found.without)
+    assert report.describe(back) == report.describe(found)
+    assert [row["fitted_to"] for row in table[:2]] == ["everything", "drawn trunks"]
 
 
 def test_what_is_said_and_drawn(found, tmp_path):
