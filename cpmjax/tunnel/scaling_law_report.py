@@ -99,10 +99,11 @@ def find(grid: Grid) -> Findings:
 
 def _left_out(grid: Grid) -> dict[str, np.ndarray]:
     """Booleans [S, E] for what a fit is asked of without having seen it, by its name."""
-    S, E = np.indices(grid.mean_SE.shape)
-    left_out = {f"{grid.axis} {size}": S == s for s, size in enumerate(grid.sizes)}
-    left_out |= {f"{tokens:,.0f} tokens": E == e for e, tokens in enumerate(grid.D_E)}
-    return left_out | {"the largest and the longest": (S == S[-1, -1]) | (E == E[-1, -1])}
+    size_SE, data_SE = np.indices(grid.mean_SE.shape)
+    left_out = {f"{grid.axis} {size}": size_SE == s for s, size in enumerate(grid.sizes)}
+    left_out |= {f"{tokens:,.0f} tokens": data_SE == e for e, tokens in enumerate(grid.D_E)}
+    largest, longest = len(grid.sizes) - 1, len(grid.D_E) - 1
+    return left_out | {"the largest and the longest": (size_SE == largest) | (data_SE == longest)}
 
 
 def verdicts(found: Findings) -> list[Verdict]:
