@@ -17,9 +17,9 @@ from cpmjax.model.presets import PRESETS
 from cpmjax.run import cli
 from cpmjax.run.config import Config
 from cpmjax.run.errors import UserError
-from cpmjax.studies import atlas, barriers, batch_size, coordinate_check, search, series, transfer
+from cpmjax.studies import atlas, barriers, batch_size, coordinate_check, scaling_law, search, series, transfer
 
-_STUDIES = (coordinate_check, transfer, batch_size, search, series, atlas, barriers)
+_STUDIES = (coordinate_check, transfer, batch_size, scaling_law, search, series, atlas, barriers)
 
 
 def main(argv: list[str]) -> int:
