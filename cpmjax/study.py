@@ -17,9 +17,9 @@ from cpmjax.model.presets import PRESETS
 from cpmjax.run import cli
 from cpmjax.run.config import Config
 from cpmjax.run.errors import UserError
-from cpmjax.studies import atlas, barriers, coordinate_check, schedules, series, transfer
+from cpmjax.studies import atlas, barriers, coordinate_check, predict, schedules, series, transfer
 
-_STUDIES = (coordinate_check, transfer, schedules, series, atlas, barriers)
+_STUDIES = (coordinate_check, transfer, schedules, predict, series, atlas, barriers)
 
 
 def main(argv: list[str]) -> int:
