@@ -21,8 +21,8 @@ def add_to(studies: Any) -> None:
         "--peaks",
         type=_peaks,
         default=_PEAKS,
-        help="multiples of the experiment's learning rate, 1 among them, at which the constant rate, WSD 10 %% and the "
-        f"cosine are tried (default: {','.join(map(str, _PEAKS))})",
+        help="multiples of the experiment's learning rate, 1 among them, at which the constant rate and WSD 10 %% are "
+        f"tried, and at twice those the cosine (default: {','.join(map(str, _PEAKS))})",
     )
     parser.add_argument("--seeds", type=flags.positive, default=3, help="runs of each kind (default: 3)")
     experiment = EXPERIMENTS / "tunnel" / "schedules.yaml"

@@ -12,8 +12,8 @@ For each seed, on the same rows, with S the length of the experiment's schedule 
     cosine(2S)                    cut off at S
     cosine-loop                   down, up and down again
 
-`constant`, `wsd 10%` and `cosine` run at every peak of a grid, so that each is seen at its own best one. All decays and
-cosines have the experiment's floor.
+`constant` and `wsd 10%` run at every peak of a grid, `cosine` at twice those, so that each is seen at its own best one.
+All decays and cosines have the experiment's floor.
 
 S updates, T losses.
 """
@@ -46,6 +46,7 @@ SHAPES: dict[float, tuple[Shape, ...]] = {
 }
 EARLY = (0.4, 0.5, 0.6, 0.8)  # of S: where decays end that say what the trunk was worth there
 _HALF_LIVES = 3.7  # in a decay: 18,500 steps with a half-life of 5,000 in MiniCPM-2B
+_COSINE = 2  # the cosine's peaks are so many times the others': by the convex bound (2501.18965) its best one is
 _PLAN = "schedules.json"
 
 
@@ -129,7 +130,8 @@ def decaying(schedule: WSD, end: int, length: int, shape: Shape | None = None) -
 
 
 def make_trials(config: Config, peaks: Sequence[float], seeds: int) -> list[Trial]:
-    """All trials but those at the cosine's best peak. `peaks` are learning rates, the experiment's own among them."""
+    """All trials but those at the cosine's best peak. `peaks` are the others' learning rates, the experiment's own one
+    among them."""
     planned = []
     for seed in range(seeds):
         for peak in peaks:
@@ -137,7 +139,7 @@ def make_trials(config: Config, peaks: Sequence[float], seeds: int) -> list[Tria
             own = peak == config.optimizer.learning_rate
             planned += _of_the_trunk(plan) if own else _of_another_peak(plan)
             length = plan.total - plan.schedule.warmup
-            planned.append(plan.cosine("cosine", length, length))
+            planned.append(replace(plan, peak=_COSINE * peak).cosine("cosine", length, length))
     return planned
 
 

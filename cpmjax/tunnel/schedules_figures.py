@@ -26,12 +26,16 @@ def periods(found: Comparison, plan: Plan) -> Any:
     """
     peak = found.best("cosine").peak
     figure, losses, shares = _two_panels(found.line(WSD).end)
-    lines = ("cosine", *PERIODS, "cosine-loop")
-    for method, color in zip(lines, (_COSINE, _DECAY, _INK, _AGAIN), strict=True):
-        line = found.line(method, peak)
-        before = found.line("cosine(S/2)", peak) if method == PERIODS[0] else None
-        label = {"cosine": "cosine(S)", PERIODS[0]: "cosine(S/2)"}.get(method, method)
-        _curve(losses, line, color, f"{label}: {line.ends_R.mean():.3f} at S", before)
+    short = found.line("cosine(S/2)", peak)
+    drawn: list[tuple[Line, str, str, Line | None]] = [
+        (found.line("cosine", peak), _COSINE, "cosine(S)", None),
+        (short, _DECAY, "", None),
+        (found.line(PERIODS[0], peak), _DECAY, PERIODS[0], short),
+        (found.line(PERIODS[1], peak), _INK, f"{PERIODS[1]}, cut off", None),
+        (found.line("cosine-loop", peak), _AGAIN, "cosine-loop", None),
+    ]
+    for line, color, label, before in drawn:
+        _curve(losses, line, color, label and f"{label}: {line.ends_R.mean():.3f} at S", before)
         _rate(shares, plan[line.run], color, line)
     return _finished(figure, losses, shares, f"cosine(T) with a peak of {peak:g}")
 

@@ -110,7 +110,9 @@ def verdicts(found: Comparison) -> list[Verdict]:
     others = [cosine.ends_R - found.line(method, cosine.peak).ends_R for method in PERIODS]
     return [
         _at_most("below the constant rate at the same peak", wsd.ends_R - trunk.ends_R, -DROP_BAR),
-        _at_most("below the constant rate at any peak", wsd.ends_R - found.best("constant").ends_R, -DROP_BAR),
+        _at_most(
+            "below the constant rate at any peak of the grid", wsd.ends_R - found.best("constant").ends_R, -DROP_BAR
+        ),
         Verdict("cosine", f"its best peak lies inside {grid}", f"{cosine.peak:g}", "not the first or last", inside),
         _at_most("not above the cosine, each at its best peak", found.best(WSD).ends_R - cosine.ends_R, MARGIN),
         _at_most("below a decay of 2.5 %", wsd.ends_R - found.line("wsd 2.5%").ends_R, -MARGIN),
