@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from cpmjax.analysis.decay_prediction import Curve
+from cpmjax.analysis.decay_prediction import Curve, Law
+from cpmjax.run.directory import Lines, only_writer
 from cpmjax.run.table import read_csv, write_csv
 from cpmjax.studies.common import write_report
 from cpmjax.tunnel import predict, predict_figures, predict_report, schedules
 from cpmjax.tunnel.figures import save
+from cpmjax.tunnel.predict import Fit
 
 
 def add_to(studies: Any) -> None:
@@ -39,17 +43,16 @@ def add_to(studies: Any) -> None:
 
 
 def study(arguments: argparse.Namespace) -> int:
-    """Fits each law for each seed on some of the runs, and scores it on the others; about two minutes."""
+    """Fits each law for each seed on some of the runs, and scores it on the others."""
     source = arguments.schedules
     directory = arguments.directory or source.with_name(f"{source.name}-predict")
     public = predict_report.public_finals()
     scored = predict_report.public_scores(arguments.public) if arguments.public else []
     runs = _runs(source)
     fits = predict.make_fits(runs)
-    wanted = tqdm(fits, unit="fit", mininterval=0.5 if sys.stderr.isatty() else 10)
-    solved = [(fit, fit.solve()) for fit in wanted]
+    with only_writer(directory, "study"):
+        solved = _solve(fits, directory / "fits.jsonl")
 
-    directory.mkdir(parents=True, exist_ok=True)
     rows = [row for fit, law in solved for row in predict.scores(fit, law)]
     teacher = [*dict.fromkeys(fit.fit_set for fit in fits)][-1]
     curves = [row for fit, law in solved if fit.fit_set == teacher for row in predict.losses(fit, law)]
@@ -61,13 +64,14 @@ def study(arguments: argparse.Namespace) -> int:
     save(predict_figures.ends(rows), directory / "errors.png")
 
     first = next(iter(runs.values()))
-    for name, known in predict.fit_sets(first).items():
+    known_by_set = predict.fit_sets(first)
+    for name, known in known_by_set.items():
         print(f"{name}: fitted on {', '.join(known)}\n{predict_report.describe(rows, name)}\n")
     print(predict_report.remarks(solved), predict_report.describe_public(public), sep="\n\n", end="\n\n")
     found = predict_report.trunk_verdicts(solved) + predict_report.wsd_verdicts(rows, predict.judged(first))
     found += predict_report.public_verdicts(public, scored)
     print(f"tables {directory}/*.csv, figures {directory}/*.png, verdicts {directory / 'study.json'}\n")
-    return write_report(directory, "predict", arguments, found)
+    return write_report(directory, "predict", arguments, found, fit_sets=known_by_set)
 
 
 def _runs(source: Path) -> dict[int, dict[str, Curve]]:
@@ -77,3 +81,19 @@ def _runs(source: Path) -> dict[int, dict[str, Curve]]:
         curve = Curve(run.run, run.rates_S, run.steps_T, run.losses_T, run.warmup)
         found.setdefault(run.seed, []).append(curve)
     return {seed: predict.one_peak(curves) for seed, curves in found.items()}
+
+
+def _solve(fits: Sequence[Fit], file: Path) -> list[tuple[Fit, Law | None]]:
+    """Each fit with its law, None if its runs do not determine one; what the file has already is not solved again."""
+    ledger = Lines(file)
+    laws = {line["fit"]: line["law"] for line in Lines.read(file)}
+    try:
+        for fit in tqdm(fits, unit="fit", mininterval=0.5 if sys.stderr.isatty() else 10):
+            if fit.identity not in laws:
+                law = fit.solve()
+                laws[fit.identity] = None if law is None else asdict(law)
+                ledger.append({"fit": fit.identity, "law": laws[fit.identity]})
+    finally:
+        ledger.close()
+    found = [(fit, laws[fit.identity]) for fit in fits]
+    return [(fit, None if law is None else fit.kind(**law)) for fit, law in found]

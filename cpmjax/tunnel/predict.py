@@ -11,10 +11,12 @@ S updates, T losses.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
 from cpmjax.analysis.decay_prediction import LAWS, Curve, Law, fit, predict, relative_errors
@@ -48,6 +50,14 @@ class Fit:
     @property
     def labels(self) -> Row:
         return {"fit_set": self.fit_set, "seed": self.seed, "law": self.kind.__name__}
+
+    @property
+    def identity(self) -> str:
+        """12 hexadecimal digits that stand for all that the law depends on."""
+        parts = [self.kind.__name__, jax.__version__]
+        for curve in self.known:
+            parts += [array.tobytes().hex() for array in (curve.rates_S, curve.steps_T, curve.losses_T)]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:12]
 
     def solve(self) -> Law | None:
         """None if the runs do not determine the law."""

@@ -16,6 +16,7 @@ from cpmjax.analysis.convex_bound import ConvexBound
 from cpmjax.analysis.decay_prediction import LAWS, Curve, predict
 from cpmjax.analysis.multi_power import MultiPower
 from cpmjax.analysis.tissue import Tissue
+from cpmjax.run.directory import Lines
 from cpmjax.run.errors import UserError
 from cpmjax.run.table import read_csv, write_csv
 from cpmjax.tunnel import predict as study
@@ -228,11 +229,12 @@ def write_study(directory, plan, seeds=1, **shifts):
 
 
 @pytest.mark.slow
-def test_the_command_finds_a_planted_law(plan, tmp_path):
+def test_the_command_finds_a_planted_law_once(plan, tmp_path, monkeypatch):
     write_study(tmp_path / "schedules", {name: plan[name] for name in ("constant", "wsd 10%", "wsd-s", *EARLY)})
     code, said = run("predict", tmp_path / "schedules")
     directory = tmp_path / "schedules-predict"
     files = {"predict.csv", "laws.csv", "curves.csv", "public.csv", "predict.png", "errors.png", "study.json"}
+    files |= {"fits.jsonl", ".lock"}
     assert code == 0 and {file.name for file in directory.iterdir()} == files
     assert said.splitlines()[-1] == "verdict: pass, 6 of 6 criteria"
     rows = read_csv(directory / "predict.csv")
@@ -243,6 +245,12 @@ def test_the_command_finds_a_planted_law(plan, tmp_path):
     assert {row["law"] for row in read_csv(directory / "curves.csv")} == {"Tissue", "MultiPower", "ConvexBound"}
     report = json.loads((directory / "study.json").read_text())
     assert report["study"] == "predict" and report["arguments"]["schedules"] == str(tmp_path / "schedules")
+    assert report["fit_sets"][study.EARLY] == ["constant", *EARLY]
+    solved = Lines.read(directory / "fits.jsonl")
+    assert len(solved) == 9
+    monkeypatch.setattr(study.Fit, "solve", None)  # nothing is solved twice
+    assert run("predict", tmp_path / "schedules") == (0, said)
+    assert Lines.read(directory / "fits.jsonl") == solved and read_csv(directory / "predict.csv") == rows
 
 
 def test_bad_input_is_one_line(plan, tmp_path):
