@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from cpmjax.analysis.decay_prediction import Curve, Law
 from cpmjax.run.directory import Lines, only_writer
+from cpmjax.run.errors import UserError
 from cpmjax.run.table import read_csv, write_csv
-from cpmjax.studies.common import write_report
+from cpmjax.studies.common import say, write_report
 from cpmjax.tunnel import predict, predict_figures, predict_report, schedules
 from cpmjax.tunnel.figures import save
 from cpmjax.tunnel.predict import Fit
@@ -49,6 +50,8 @@ def study(arguments: argparse.Namespace) -> int:
     public = predict_report.public_finals()
     scored = predict_report.public_scores(arguments.public) if arguments.public else []
     runs = _runs(source)
+    if not runs:
+        raise UserError(f"{source / 'trials.csv'}: no run came to its end; expected a study of schedules that did")
     fits = predict.make_fits(runs)
     with only_writer(directory, "study"):
         solved = _solve(fits, directory / "fits.jsonl")
@@ -75,11 +78,14 @@ def study(arguments: argparse.Namespace) -> int:
 
 
 def _runs(source: Path) -> dict[int, dict[str, Curve]]:
-    """{seed: {name: curve}} of the trunk of a study of schedules, and of all that has its peak."""
+    """{seed: {name: curve}} of the trunk of a study of schedules, and of all that has its peak; whole seeds only."""
     found: dict[int, list[Curve]] = {}
     for run in schedules.curves(read_csv(source / "trials.csv"), schedules.load_plan(source)):
         curve = Curve(run.run, run.rates_S, run.steps_T, run.losses_T, run.warmup)
         found.setdefault(run.seed, []).append(curve)
+    most = max(map(len, found.values()), default=0)
+    for seed in [seed for seed, curves in found.items() if len(curves) < most]:
+        say(f"seed {seed}: {len(found.pop(seed))} of {most} runs came to their end; it is left out")
     return {seed: predict.one_peak(curves) for seed, curves in found.items()}
 
 

@@ -19,6 +19,7 @@ from cpmjax.analysis.tissue import Tissue
 from cpmjax.run.directory import Lines
 from cpmjax.run.errors import UserError
 from cpmjax.run.table import read_csv, write_csv
+from cpmjax.studies import predict as command
 from cpmjax.tunnel import predict as study
 from cpmjax.tunnel import predict_report, schedules
 
@@ -213,19 +214,25 @@ def test_the_public_numbers_and_a_wrong_constant(monkeypatch):
 # The command.
 
 
-def write_study(directory, plan, seeds=1, **shifts):
+def test_a_seed_that_is_not_whole_is_left_out(plan, tmp_path):
+    few = {name: plan[name] for name in ("constant", "wsd 10%", "wsd-s")}
+    write_study(tmp_path / "schedules", few)
+    rows = read_csv(tmp_path / "schedules" / "trials.csv")
+    rows += [row | {"seed": seed} for seed in (1, 2) for row in rows if seed == 1 or row["run"] != "wsd-s"]
+    write_csv(tmp_path / "schedules" / "trials.csv", rows)
+    found = command._runs(tmp_path / "schedules")
+    assert {seed: [*curves] for seed, curves in found.items()} == {0: [*few], 1: [*few]}
+
+
+def write_study(directory, plan, **more):
     directory.mkdir()
     schedules.save_plan(directory, plan)
     rows = []
-    for curve in made_up(plan, LAW_OF[MultiPower], **shifts):
+    for curve in made_up(plan, LAW_OF[MultiPower]):
         losses = list(zip(curve.steps_T.tolist(), curve.losses_T.tolist(), strict=True))
         labels = {"run": curve.name, "status": "finished"}
-        rows += [
-            labels | {"seed": seed, "step": step, "loss": 9.0, "heldout_loss": loss + 0.01 * seed}
-            for seed in range(seeds)
-            for step, loss in losses
-        ]
-    write_csv(directory / "trials.csv", rows)
+        rows += [labels | {"seed": 0, "step": step, "loss": 9.0, "heldout_loss": loss} for step, loss in losses]
+    write_csv(directory / "trials.csv", [row | more for row in rows])
 
 
 @pytest.mark.slow
@@ -259,6 +266,9 @@ def test_bad_input_is_one_line(plan, tmp_path):
     write_study(tmp_path / "schedules", {"cosine": plan["cosine"]})
     code, said = run("predict", tmp_path / "schedules")
     assert code == 2 and "none is constant after its warm-up" in said
+    write_study(tmp_path / "failed", plan, status="failed")
+    code, said = run("predict", tmp_path / "failed")
+    assert code == 2 and "failed/trials.csv: no run came to its end" in said
     code, said = run("predict", tmp_path / "schedules", f"--public={tmp_path}")
     assert code == 2 and "csv_25/constant_24000.csv: No such file" in said
     code, said = run("predict", tmp_path / "schedules", "--laws=tissue")
