@@ -150,7 +150,7 @@ def test_convert_measures_every_conversion_and_every_reader(tmp_path, capsys):
 @pytest.mark.slow
 def test_sample_measures_every_engine_that_is_there(tmp_path, capsys):
     folder, output = tmp_path / "models", tmp_path / "results.json"
-    arguments = [f"--folder={folder}", "--rounds=1", "--rows=40", f"--output={output}"]
+    arguments = [f"--folder={folder}", "--rounds=1", "--rows=12", f"--output={output}"]
     bench.main(["sample", *arguments, "--shapes", "tiny", "--sampling", "tiny"])
     report = json.loads(output.read_text())
     found = {each["name"]: each for each in report["measurements"]}
@@ -163,7 +163,7 @@ def test_sample_measures_every_engine_that_is_there(tmp_path, capsys):
     assert sorted(path.name for path in (folder / "tiny").iterdir()) == sorted(decoding.ENGINES)
     shares = [each for name, each in found.items() if "sampling, share of a step" in name]
     assert len(shares) == 1 and shares[0]["median"] > 0
-    assert found["of 40 rows, those with other tokens than alone"]["median"] == 0
+    assert found["of 12 rows, those with other tokens than alone"]["median"] == 0
     furthest = found["largest difference of a log-probability, relative above 1"]
     assert furthest["median"] <= furthest["bar"] == 1e-4 and furthest["verdict"] == "within"
     assert report["versions"].keys() >= {"jax", "torch", "xllamacpp"}

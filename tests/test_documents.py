@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from small_series import small_series
 
+from cpmjax import study
 from cpmjax.model.presets import PRESETS
 from cpmjax.run import cli
 
@@ -150,7 +152,9 @@ def test_every_study_of_the_readme_and_of_the_family(folder):
     listed = [*commands(), *re.findall(r"^#\s+(python -m cpmjax\.study .*?)(?:  .*)?$", text, re.MULTILINE)]
     studies = [shlex.split(command) for command in listed if re.search("cpmjax.study (coordinate|transfer)", command)]
     assert len(studies) >= 6
-    small = ["--seeds=1", *SHORT[:2], "--schedule.stable=4"]
+    # Of the two largest models a step of a few tokens: they are there for their names.
+    few = ["--data.sequence_length=32", "--training.batch_size=1", "--evaluation.rows=2"]
+    small = ["--seeds=1", *SHORT[:2], "--schedule.stable=4", *few]
     check = [*small, "--widths=32,64", "--layers="]
     grid = [*small, "--rates=0.005,0.01,0.02", "--parametrisations=minicpm"]
     for words in studies:
@@ -163,6 +167,20 @@ def test_every_study_of_the_readme_and_of_the_family(folder):
         command = [re.sub(r"^2,4,8,16$", "1,2", word) for word in command]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
         assert done.returncode in (0, 1) and done.stdout.splitlines()[-1].startswith("verdict: "), done.stderr
+
+
+def test_every_study_that_is_named_somewhere_is_a_command(monkeypatch):
+    """With its flags and keys, in the README, and in the headers of experiments and the openings of notebooks."""
+    monkeypatch.chdir(ROOT)
+    texts = [file.read_text() for file in (ROOT / "experiments").rglob("*.yaml")]
+    cells = [cell for file in (ROOT / "notebooks").glob("*.ipynb") for cell in json.loads(file.read_text())["cells"]]
+    texts += ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    listed = [*commands(), *(line for text in texts for line in text.splitlines())]
+    found = [re.search(r"^#?\s*\S*python -m cpmjax\.study (.*?)(?:  .*)?$", line) for line in listed]
+    studies = [shlex.split(match[1]) for match in found if match]
+    assert len(studies) > 12
+    for words in studies:
+        study.parse(words)
 
 
 @pytest.mark.slow

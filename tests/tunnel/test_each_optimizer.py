@@ -18,7 +18,8 @@ def test_minicpm_passes_with_each_optimizer_at_its_own_rate_and_faults_do_not(tm
     assert config.optimizer == OptimizerConfig.get_known_choices()[kind]()
     width = Axis("width", (64, 128, 256, 512))
     planned = check.make_trials(config, [width], ["minicpm"], seeds=2)
-    planned += check.make_trials(config, [width], faults, seeds=1)  # what they do is no matter of a seed
+    # What faults do is no matter of a seed, nor of the largest model.
+    planned += check.make_trials(config, [Axis("width", width.values[:-1])], faults, seeds=1)
     slopes = tunnel_jobs.slopes_of(config, planned, tmp_path_factory.mktemp(kind))
     verdicts = check.verdicts(slopes, "minicpm", ["width"])
     assert len(verdicts) == 2 and all(verdict.passed for verdict in verdicts), verdicts
