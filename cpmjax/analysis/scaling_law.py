@@ -10,7 +10,7 @@ eta = -0.10 as that paper prints them are for N and D in billions (C in 1e18), w
 C = 4e21; for plain numbers they would give more than 5,000. Its eta is an average over fits, and is not that of its
 averaged exponents, (0.23 - 0.29) / (0.23 + 0.29) = -0.115.
 
-T trained models, P parameters of the law.
+T trained models, P parameters of the law, K fits.
 """
 
 from __future__ import annotations
@@ -72,26 +72,39 @@ def fit(N_T: np.ndarray, D_T: np.ndarray, losses_T: np.ndarray) -> ScalingLaw:
     return _plain(problem.solve(_GRID), unit_N, unit_D)
 
 
+def fits_without(N_T: np.ndarray, D_T: np.ndarray, losses_T: np.ndarray, left_out_KT: np.ndarray) -> list[ScalingLaw]:
+    """The law fitted to what each of K rows of booleans leaves in."""
+    problem, unit_N, unit_D = _problem(N_T, D_T, losses_T)
+    return [_plain(problem.solve(_GRID, ~left_out_T), unit_N, unit_D) for left_out_T in left_out_KT]
+
+
 def bootstrap(
-    N_T: np.ndarray, D_T: np.ndarray, losses_T: np.ndarray, resamples: int = 200, seed: int = 0
+    N_T: np.ndarray,
+    D_T: np.ndarray,
+    losses_T: np.ndarray,
+    resamples: int = 200,
+    seed: int = 0,
+    together_T: np.ndarray | None = None,
 ) -> list[ScalingLaw]:
     """The law fitted to each of `resamples` drawings, with replacement, of the trained models.
 
-    Percentiles over them, of a parameter or of anything computed from the law, are its bootstrap interval. Drawings
-    with fewer than two sizes or two amounts of data, which determine no law, are drawn again.
+    Percentiles over them, of a parameter or of anything computed from the law, are its bootstrap interval. Models with
+    the same value in `together_T`, as the branches of one trunk, which err together, are drawn together. Drawings with
+    fewer than two sizes or two amounts of data, which determine no law, are drawn again.
     """
     problem, unit_N, unit_D = _problem(N_T, D_T, losses_T)
     best = problem.solve(_GRID)
-    rng, count = np.random.default_rng(seed), len(losses_T)
+    groups, group_T = np.unique(np.arange(len(losses_T)) if together_T is None else together_T, return_inverse=True)
+    rng, count = np.random.default_rng(seed), len(groups)
     laws: list[ScalingLaw] = []
     while len(laws) < resamples:
-        drawn = rng.integers(0, count, count)
-        if _determined(N_T[drawn], D_T[drawn]):
-            found = problem.refine(best, np.bincount(drawn, minlength=count))
-            laws.append(_plain(found, unit_N, unit_D))
+        times_T = np.bincount(rng.integers(0, count, count), minlength=count)[group_T]
+        if _determined(N_T[times_T > 0], D_T[times_T > 0]):
+            laws.append(_plain(problem.refine(best, times_T), unit_N, unit_D))
     return laws
 
 
+_EXPONENTS = 0.01, 5.0  # beyond them the data say nothing, and a constant in plain units may overflow
 _GRID = [{"a": a, "b": b} for a, b in itertools.product((0.1, 0.2, 0.35, 0.5, 0.8), repeat=2)]
 
 
@@ -108,7 +121,7 @@ def _problem(N_T: np.ndarray, D_T: np.ndarray, losses_T: np.ndarray) -> tuple[Ro
         return ScalingLaw(**parameters).loss(n_T, d_T)
 
     names = [field.name for field in dataclasses.fields(ScalingLaw)]
-    return RobustFit(losses, names, ("C_N", "C_D", "L0"), losses_T), unit_N, unit_D
+    return RobustFit(losses, names, ("C_N", "C_D", "L0"), losses_T, dict.fromkeys("ab", _EXPONENTS)), unit_N, unit_D
 
 
 def _plain(found: dict[str, float], unit_N: float, unit_D: float) -> ScalingLaw:

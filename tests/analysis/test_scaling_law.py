@@ -53,6 +53,27 @@ def test_the_bootstrap_interval_holds_the_truth_and_grows_with_the_noise():
     assert widths[1] > 2 * widths[0]
 
 
+def test_what_is_left_out_has_no_part_in_the_fit():
+    N_T, D_T, losses_T = models(HOFFMANN)
+    out_T = N_T > 1e9
+    (without,) = scaling_law.fits_without(N_T, D_T, np.where(out_T, 1.5 * losses_T, losses_T), out_T[None])
+    assert [without.a, without.b] == pytest.approx([HOFFMANN.a, HOFFMANN.b], abs=0.01)
+    assert without.loss(N_T[out_T], D_T[out_T]) == pytest.approx(losses_T[out_T], abs=0.005)
+
+
+def test_models_that_err_together_are_drawn_together():
+    """Each size is off as a whole: drawn one by one its models would look surer than they are."""
+    N_T, D_T, losses_T = models(HOFFMANN)
+    size_T = np.unique(N_T, return_inverse=True)[1]
+    losses_T = losses_T * np.exp(0.005 * np.random.default_rng(0).normal(size=6)[size_T])
+    widths = []
+    for together_T in (size_T, None):
+        laws = scaling_law.bootstrap(N_T, D_T, losses_T, resamples=30, together_T=together_T)
+        low, high = np.percentile([law.L0 for law in laws], [2.5, 97.5])
+        widths.append(high - low)
+    assert widths[0] > 1.5 * widths[1]
+
+
 def test_the_optimum_spends_the_budget_and_is_stationary():
     compute = 1e21
     N, D = HOFFMANN.optimum(compute)
