@@ -17,9 +17,20 @@ from cpmjax.model.presets import PRESETS
 from cpmjax.run import cli
 from cpmjax.run.config import Config
 from cpmjax.run.errors import UserError
-from cpmjax.studies import atlas, barriers, coordinate_check, scaling_law, series, transfer
+from cpmjax.studies import (
+    atlas,
+    barriers,
+    batch_size,
+    coordinate_check,
+    predict,
+    scaling_law,
+    schedules,
+    search,
+    series,
+    transfer,
+)
 
-_STUDIES = (coordinate_check, transfer, scaling_law, series, atlas, barriers)
+_STUDIES = (coordinate_check, transfer, schedules, batch_size, scaling_law, search, predict, series, atlas, barriers)
 
 
 def main(argv: list[str]) -> int:

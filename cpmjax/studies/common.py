@@ -46,27 +46,30 @@ def conclude(
     arguments: argparse.Namespace,
     found: list[Verdict],
 ) -> int:
-    """Writes study.json, says where everything is and, in the last line, what was found: 0 if all holds, else 1."""
+    """Says where everything is and what became of the trials, and reports."""
     outcomes, directory = trials.outcomes(), trials.directory
     failed = sum(outcome["status"] == "failed" for outcome in outcomes)
     if failed:
         found = [*found, Verdict(study, "every trial ran", f"{failed} of {len(outcomes)} failed", "0", False)]
-    asked = {key: value for key, value in vars(arguments).items() if key != "study"}
-    report: dict[str, Any] = {
-        "study": study,
-        "date": now(),
-        "machine": machine(),
-        "versions": versions(),
-        "fingerprint": fingerprint(config),
-        "arguments": asked,
-        "verdicts": [asdict(verdict) for verdict in found],
-    }
-    write_atomically(directory / "study.json", json.dumps(report, indent=2) + "\n")
     for status in ("diverged", "failed"):
         messages = [outcome["message"] for outcome in outcomes if outcome["status"] == status]
         if messages:
             print(f"{len(messages)} of {len(outcomes)} trials {status}; the first one: {messages[0]}")
     print(f"table {trials.table_file}, figures {directory}/*.png, verdicts {directory / 'study.json'}\n")
+    return write_report(directory, study, arguments, found, fingerprint=fingerprint(config))
+
+
+def write_report(directory: Path, study: str, arguments: argparse.Namespace, found: list[Verdict], **more: Any) -> int:
+    """Writes study.json, `more` in it, and says in the last line what was found: 0 if all holds, else 1."""
+    hidden = ("study", "name", "experiment")
+    asked = {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in vars(arguments).items()
+        if key not in hidden
+    }
+    report: dict[str, Any] = {"study": study, "date": now(), "machine": machine(), "versions": versions(), **more}
+    report |= {"arguments": asked, "verdicts": [asdict(verdict) for verdict in found]}
+    write_atomically(directory / "study.json", json.dumps(report, indent=2) + "\n")
     print(describe(found))
     return 0 if all(verdict.passed for verdict in found) else 1
 

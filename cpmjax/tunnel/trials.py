@@ -15,7 +15,7 @@ import hashlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,7 @@ class Trials:
         self.directory = Path(directory).expanduser()
         # Two of them may be the same run under other labels, as the smallest width is the smallest depth.
         self._trials = [(trial.identity(recipe), trial) for trial in trials]
+        self._recipe, self._elsewhere = recipe, set[str]()
         self._ledger_file = self.directory / "trials.jsonl"
         self.table_file = self.directory / "trials.csv"
 
@@ -99,15 +100,32 @@ class Trials:
 
         A UserError is the study's and ends it; any other error is the trial's, and the next one begins.
         """
-        ended = {line["trial"] for line in self._ended()}
+        ended = {line["trial"] for line in self._ended()} | self._elsewhere
         waiting = {name: trial for name, trial in self._trials if name not in ended}
         ledger = Lines(self._ledger_file)
         try:
             with Progress(len(dict(self._trials)), list(waiting.values())) as progress:
                 for name, trial in waiting.items():
                     progress.begin(trial)
-                    ledger.append({"trial": name} | _outcome(trial, measure))
+                    ledger.append({"trial": name} | outcome_of(trial, measure))
                     progress.end(trial)
+        finally:
+            ledger.close()
+            write_csv(self.table_file, self.rows())
+
+    def record(self, outcomes: Iterable[tuple[Trial, dict[str, Any]]]) -> None:
+        """Takes in what trials left that ended elsewhere, so that `run` leaves them alone, and writes the table.
+
+        Call it inside `lock`.
+        """
+        known = {line["trial"]: line["status"] for line in self._lines()}
+        ledger = Lines(self._ledger_file)
+        try:
+            for trial, outcome in outcomes:
+                name = trial.identity(self._recipe)
+                self._elsewhere.add(name)
+                if known.get(name) != outcome["status"]:
+                    ledger.append({"trial": name} | outcome | {"labels": trial.labels})
         finally:
             ledger.close()
             write_csv(self.table_file, self.rows())
@@ -133,7 +151,7 @@ class Trials:
         return [line for line in self._lines() if line["status"] != "failed"]
 
 
-def _outcome(trial: Trial, measure: Callable[[Trial], list[Row]]) -> dict[str, Any]:
+def outcome_of(trial: Trial, measure: Callable[[Trial], list[Row]]) -> dict[str, Any]:
     """What a trial leaves in the ledger, whatever became of it."""
     began = time.perf_counter()
     status, message = "finished", ""

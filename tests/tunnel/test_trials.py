@@ -69,6 +69,29 @@ def test_nothing_is_done_twice_and_more_is_added(tmp_path):
     assert [row["learning_rate"] for row in read_csv(smaller.table_file)] == [0.4, 0.4]
 
 
+def test_what_ended_elsewhere_is_recorded_and_not_run(tmp_path):
+    """Once, a failure as well; one that has ended by the next time takes its place."""
+
+    def left(status, *rows):
+        return {"labels": {}, "status": status, "message": "", "seconds": 1.0, "rows": list(rows)}
+
+    trials, measure = [trial(0.1, worker=1), trial(0.2, worker=2), trial(0.4)], Measure()
+    for second in (left("failed"), left("finished", {"step": 2, "loss": 9.0})):
+        study = Trials(tmp_path, trials, "text")
+        with study.lock():
+            study.record([(trials[0], left("finished", {"step": 2, "loss": 7.0})), (trials[1], second)])
+            assert [row["status"] for row in read_csv(study.table_file)[:2]] == ["finished", second["status"]]
+            study.run(measure)
+        assert measure.asked == [0.4]
+    assert [(row.get("worker"), row["status"], row["loss"]) for row in read_csv(study.table_file)] == [
+        (1, "finished", 7.0),
+        (2, "finished", 9.0),
+        (None, "finished", 0.4),
+        (None, "finished", 0.8),
+    ]
+    assert len((tmp_path / "trials.jsonl").read_text().splitlines()) == 4
+
+
 def test_what_a_result_depends_on_is_its_identity(tmp_path):
     first = trial(0.1)
     others = [
