@@ -120,8 +120,3 @@ def per_example(gradients_RW: np.ndarray) -> tuple[float, float]:
     mean_W = gradients_RW.mean(axis=0)
     noise = float(np.sum((gradients_RW - mean_W) ** 2) / (len(gradients_RW) - 1))
     return float(mean_W @ mean_W) - noise / len(gradients_RW), noise
-
-
-def best_batch(loss: Any) -> Any:
-    """MiniCPM's law: tokens of the best batch where the loss is `loss`, in nats a token of C4."""
-    return 1.21e9 / loss**6.24

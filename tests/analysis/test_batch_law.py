@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from cpmjax.analysis.batch_law import (
+    PAPER,
     BatchLaw,
     falling,
     fit,
@@ -125,3 +126,8 @@ def test_the_interval_over_seeds_of_a_mean_is_students():
     reach = 4.302653 * values.std(ddof=1) / np.sqrt(3)
     assert (found.value, found.low, found.high) == pytest.approx((19 / 3, 19 / 3 - reach, 19 / 3 + reach))
     assert over_seeds(lambda seeds: values[seeds].mean(), 1).low == -np.inf
+
+
+@pytest.mark.parametrize(("loss", "tokens"), [(5, 5.3e4), (4, 2.1e5), (3, 1.3e6), (2.5, 4.0e6)])
+def test_the_law_of_the_paper(loss, tokens):
+    assert PAPER.batch(loss) == pytest.approx(tokens, rel=0.03)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cpmjax.analysis.noise_scale import best_batch, from_two_batches, noise_scale, per_example
+from cpmjax.analysis.noise_scale import from_two_batches, noise_scale, per_example
 from cpmjax.run.errors import UserError
 
 WEIGHTS, SIGNAL = 400, 0.05  # |G|^2
@@ -81,8 +81,3 @@ def test_no_signal_has_no_upper_end():
 def test_a_group_too_few():
     with pytest.raises(UserError, match="10 rows in 4 groups; expected a multiple"):
         measured(gradients(10), groups=4)
-
-
-@pytest.mark.parametrize(("loss", "tokens"), [(5, 5.3e4), (4, 2.1e5), (3, 1.3e6), (2.5, 4.0e6)])
-def test_the_batch_law(loss, tokens):
-    assert best_batch(loss) == pytest.approx(tokens, rel=0.03)
