@@ -175,7 +175,8 @@ def test_every_study_that_is_named_somewhere_is_a_command(monkeypatch):
     texts = [file.read_text() for file in (ROOT / "experiments").rglob("*.yaml")]
     cells = [cell for file in (ROOT / "notebooks").glob("*.ipynb") for cell in json.loads(file.read_text())["cells"]]
     texts += ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
-    listed = [*commands(), *(line for text in texts for line in text.splitlines())]
+    joined = [re.sub(r" *\\\n#? *", " ", text) for text in texts]
+    listed = [*commands(), *(line for text in joined for line in text.splitlines())]
     found = [re.search(r"^#?\s*\S*python -m cpmjax\.study (.*?)(?:  .*)?$", line) for line in listed]
     studies = [shlex.split(match[1]) for match in found if match]
     assert len(studies) > 12
