@@ -177,7 +177,7 @@ def test_every_study_that_is_named_somewhere_is_a_command(monkeypatch):
     texts += ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
     joined = [re.sub(r" *\\\n#? *", " ", text) for text in texts]
     listed = [*commands(), *(line for text in joined for line in text.splitlines())]
-    found = [re.search(r"^#?\s*\S*python -m cpmjax\.study (.*?)(?:  .*)?$", line) for line in listed]
+    found = [re.search(r"^#?\s*[\w./]*python -m cpmjax\.study (.*?)(?:  .*)?$", line) for line in listed]
     studies = [shlex.split(match[1]) for match in found if match]
     assert len(studies) > 12
     for words in studies:
