@@ -12,8 +12,10 @@ import jobs
 import numpy as np
 import pytest
 import tunnel_jobs
+from devices import on_eight_devices
 
 from cpmjax.model import mup
+from cpmjax.run.config import Config
 from cpmjax.run.optimizers import UpdateSize
 from cpmjax.run.schedule import WSD, WSDS
 from cpmjax.tunnel import transfer
@@ -177,16 +179,36 @@ def with_schedule(trial: Trial, schedule, **others) -> Trial:
     return replace(trial, config=replace(trial.config, schedule=schedule), **others)
 
 
-@pytest.fixture
-def family(config, tmp_path):
+def make_family(config: Config, directory: Path) -> tuple[Config, Trial, dict[str, Trial]]:
     """A trunk of 12 updates at the peak, two decays that leave it, and one that leaves the first of them."""
-    config = replace(config, run=replace(config.run, directory=str(tmp_path)))
+    config = replace(config, run=replace(config.run, directory=str(directory)))
     (trunk,) = trials(config, rates=[0.02], axis=Axis("width", (32,)))
     trunk = with_schedule(trunk, WSD(2, 10, 0), keep=(5, 9))
     early = with_schedule(trunk, WSD(2, 3, 4), trunk=trunk, after=5, keep=(9,))
     late = with_schedule(trunk, WSD(2, 7, 3), trunk=trunk, after=9, keep=())
     again = with_schedule(trunk, WSDS(2, ((3, 4), (3, 2)), "exponential"), trunk=early, after=9, keep=())
     return config, trunk, {"early": early, "late": late, "again": again}
+
+
+@pytest.fixture
+def family(config, tmp_path):
+    return make_family(config, tmp_path)
+
+
+def check_branches_on_a_mesh(folder: str) -> None:
+    """Runs in a process with eight simulated devices, which do not divide the vocabulary."""
+    mesh = ("--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2", "--model.vocabulary=321")
+    config, trunk, branches = make_family(tunnel_jobs.config(Path(folder), *mesh), Path(folder) / "on_a_mesh")
+    with tunnel_jobs.workbench(config) as bench:
+        losses, late = Losses(bench), branches["late"]
+        losses(trunk)
+        found, scratch = losses(late), losses(replace(late, trunk=None, after=0))
+    assert found == {step: scratch[step] for step in (10, 11, 12)}
+
+
+@pytest.mark.slow
+def test_branches_on_a_mesh(folder):
+    on_eight_devices(__file__, f"check_branches_on_a_mesh({str(folder)!r})")
 
 
 def test_a_branch_is_the_run_that_had_its_schedule_from_the_beginning(family):
