@@ -4,8 +4,8 @@ usage: python -m cpmjax.study STUDY [EXPERIMENT.yaml] [--flag=value ...] [--sect
 
 A study trains many small models that differ in a few things only. Its trials, a table of them and its figures go to
 runs/STUDY, or to --run.directory; the same command goes on after a kill, and does nothing twice. The exit code is 0 if
-all that the study asks holds, 1 if not. `series` trains what the notebooks look into; `atlas RUN` and
-`barriers RUN` look themselves into a run, of any size.
+all that the study asks holds, 1 if not. `series` trains what the notebooks look into; `predict DIRECTORY` reads a study
+of schedules, `atlas RUN` and `barriers RUN` a run of any size.
 """
 
 from __future__ import annotations
