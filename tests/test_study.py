@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import subprocess
@@ -16,9 +14,10 @@ import jax
 import jobs
 import pytest
 import tunnel_jobs
+from tunnel_jobs import run_study as run
+from tunnel_jobs import without_clock
 
 from cpmjax import study
-from cpmjax.run import cli
 from cpmjax.run.directory import Lines
 from cpmjax.run.errors import UserError
 from cpmjax.run.table import read_csv
@@ -47,25 +46,6 @@ def start(*arguments: object) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def run(*arguments: object) -> tuple[int, str]:
-    """Exit code and stdout of a study that must not show a traceback. Runs in this process."""
-    cache = jax.config.values["jax_compilation_cache_dir"]
-    argv, stdout, stderr = sys.argv, io.StringIO(), io.StringIO()
-    sys.argv = ["study", *map(str, arguments)]
-    try:
-        with (
-            contextlib.redirect_stdout(stdout),
-            contextlib.redirect_stderr(stderr),
-            pytest.raises(SystemExit) as caught,
-        ):
-            cli.main(study.main)
-    finally:
-        sys.argv = argv
-        jax.config.update("jax_compilation_cache_dir", cache)
-    code = int(caught.value.code or 0)
-    return code, jobs.error_line(code, stderr.getvalue()) if code == 2 else stdout.getvalue()
 
 
 @pytest.mark.slow
@@ -119,10 +99,6 @@ def test_widths_and_depths_in_one_table(small, tmp_path):
 
 
 GRID = ["--widths=16,32", "--rates=0.005,0.01,0.02", "--seeds=2", "--parametrisations=minicpm"]
-
-
-def without_clock(rows):
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
 @pytest.mark.slow

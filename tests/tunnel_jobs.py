@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import jobs
 import numpy as np
 import pytest
 
+from cpmjax import study
 from cpmjax.model.presets import PRESETS
 from cpmjax.run import cli
 from cpmjax.run.config import Config
@@ -60,10 +63,10 @@ def family(factory: pytest.TempPathFactory, *keys: str) -> Config:
 def slopes_of(config: Config, planned: list[Trial], directory: Path) -> list[check.Slope]:
     """What the coordinate check finds of its trials."""
     with workbench(config) as bench:
-        study = Trials(directory, planned, bench.recipe)
-        with study.lock():
-            study.run(lambda trial: check.measure(bench, trial))
-    return check.slopes(study.rows())
+        trials = Trials(directory, planned, bench.recipe)
+        with trials.lock():
+            trials.run(lambda trial: check.measure(bench, trial))
+    return check.slopes(trials.rows())
 
 
 @contextlib.contextmanager
@@ -86,6 +89,29 @@ def counted_compilations() -> Iterator[list[str]]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+def run_study(*arguments: object) -> tuple[int, str]:
+    """Exit code and stdout of a study that must not show a traceback. Runs in this process."""
+    cache = jax.config.values["jax_compilation_cache_dir"]
+    argv, stdout, stderr = sys.argv, io.StringIO(), io.StringIO()
+    sys.argv = ["study", *map(str, arguments)]
+    try:
+        with (
+            contextlib.redirect_stdout(stdout),
+            contextlib.redirect_stderr(stderr),
+            pytest.raises(SystemExit) as caught,
+        ):
+            cli.main(study.main)
+    finally:
+        sys.argv = argv
+        jax.config.update("jax_compilation_cache_dir", cache)
+    code = int(caught.value.code or 0)
+    return code, jobs.error_line(code, stderr.getvalue()) if code == 2 else stdout.getvalue()
+
+
+def without_clock(rows):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
 # Made-up tables of results.

@@ -22,6 +22,8 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 from scipy.special import stdtrit
 
+from cpmjax.analysis.rows import Interval
+
 LEVEL_STEP = 0.02  # from one level of the loss to the next, of its logarithm
 _AROUND = 2  # batches on either side of the best one that the parabola goes by
 
@@ -129,25 +131,13 @@ def fit(losses: Sequence[float], batches: Sequence[float], groups: Sequence[Any]
     return BatchLaw(float(np.exp(np.mean([y[m].mean() + p * x[m].mean() for m in members]))), p)
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A value, or an array of them, and its 95 % interval."""
-
-    value: Any
-    low: Any
-    high: Any
-
-    def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
-
-
-def over_seeds(statistic: Callable[[np.ndarray], Any], seeds: int) -> Estimate:
+def over_seeds(statistic: Callable[[np.ndarray], Any], seeds: int) -> Interval:
     """`statistic` of the numbers of the seeds that count; its interval is that of the jackknife, which leaves out one
     at a time, with Student's t: no narrower than so few seeds allow. Without end if there is one seed."""
     value = statistic(np.arange(seeds))
     if seeds < 2:
-        return Estimate(value, value - np.inf, value + np.inf)
+        return Interval(value, value - np.inf, value + np.inf)
     without_S = np.array([statistic(np.delete(np.arange(seeds), seed)) for seed in range(seeds)])
     error = np.sqrt((seeds - 1) * np.mean((without_S - without_S.mean(axis=0)) ** 2, axis=0))
     reach = stdtrit(seeds - 1, 0.975) * error
-    return Estimate(value, value - reach, value + reach)
+    return Interval(value, value - reach, value + reach)

@@ -36,14 +36,17 @@ def _row_losses(model: MiniCPM, batch: dict[str, Any]) -> jax.Array:
 
 @dataclass(frozen=True)
 class Interval:
-    """A value, or an array of them, and where it lies for 95 of 100 other samples of the rows."""
+    """A value, or an array of them, and where it lies for 95 of 100 other samples: of rows, or of seeds."""
 
     value: Any
     low: Any
     high: Any
 
+    def __format__(self, spec: str) -> str:
+        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
     def __str__(self) -> str:
-        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
+        return format(self, ".4f")
 
 
 def bootstrap(statistic: Callable[..., Any], *losses_R: np.ndarray, samples: int = 1000, seed: int = 0) -> Interval:

@@ -18,11 +18,11 @@ from cpmjax.run.identity import fingerprint
 from cpmjax.run.table import Row, write_csv
 from cpmjax.studies.common import EXPERIMENTS, conclude, say
 from cpmjax.tunnel import figures, search, search_figures, transfer
-from cpmjax.tunnel.importance import importances
+from cpmjax.tunnel.search_importance import importances
+from cpmjax.tunnel.search_workers import Taken, Workers, optuna, without_password
 from cpmjax.tunnel.sizes import Axis
 from cpmjax.tunnel.trials import Progress, Trial, Trials, outcome_of
 from cpmjax.tunnel.workbench import Workbench
-from cpmjax.tunnel.workers import Taken, Workers, optuna, without_password
 
 _RANGES = {
     "scale_depth": (0.3, 6.0),

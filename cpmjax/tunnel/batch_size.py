@@ -17,9 +17,10 @@ from functools import cached_property
 import numpy as np
 
 from cpmjax.analysis import batch_law
-from cpmjax.analysis.batch_law import PAPER, BatchLaw, Curve, Estimate, Minimum
+from cpmjax.analysis.batch_law import PAPER, BatchLaw, Curve, Minimum
 from cpmjax.analysis.derivatives import Loss
 from cpmjax.analysis.noise_scale import NoiseScale, noise_scale
+from cpmjax.analysis.rows import Interval
 from cpmjax.model.mup import PARAMETRISATIONS
 from cpmjax.run.config import Config
 from cpmjax.run.errors import UserError
@@ -195,11 +196,11 @@ class Found:
         )
 
     @cached_property
-    def p(self) -> Estimate:
+    def p(self) -> Interval:
         return batch_law.over_seeds(lambda seeds: self.law(seeds).p, self.seeds)
 
     @cached_property
-    def noise_p(self) -> Estimate:
+    def noise_p(self) -> Interval:
         return batch_law.over_seeds(lambda seeds: self.noise(seeds).p, self.seeds)
 
     @cached_property
@@ -232,11 +233,13 @@ def verdicts(found: Found) -> list[Verdict]:
             most,
             inside >= INSIDE_BAR * every > 0,
         ),
-        Verdict("best batch", "grows as the loss falls", f"L^-p, p = {found.p}", bar, bool(found.p.low > GROWTH_BAR)),
+        Verdict(
+            "best batch", "grows as the loss falls", f"L^-p, p = {found.p:.2f}", bar, bool(found.p.low > GROWTH_BAR)
+        ),
         Verdict(
             "noise scale",
             "grows as the loss of a run falls",
-            f"L^-p, p = {found.noise_p}",
+            f"L^-p, p = {found.noise_p:.2f}",
             bar,
             bool(found.noise_p.low > GROWTH_BAR),
         ),
@@ -257,8 +260,8 @@ def describe(found: Found) -> str:
     lines = [
         aligned(table),
         "best batch in tokens, loss in held-out nats per token; levels are 2 % of the loss apart\n",
-        f"best batch   {law.A:.3g} / L^{law.p:.2f} tokens, p {found.p}",
-        f"noise scale  {noise.A:.3g} / L^{noise.p:.2f} tokens, p {found.noise_p}, within runs",
+        f"best batch   {law.A:.3g} / L^{law.p:.2f} tokens, p {found.p:.2f}",
+        f"noise scale  {noise.A:.3g} / L^{noise.p:.2f} tokens, p {found.noise_p:.2f}, within runs",
         f"the paper    {PAPER.A:.3g} / L^{PAPER.p:.2f} tokens; L of C4, vocabulary 122,753: only p compares",
         f"intervals: jackknife over {found.seeds} seeds, 95 % by Student's t",
     ]

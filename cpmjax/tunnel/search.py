@@ -2,9 +2,9 @@
 
 MiniCPM found scale_depth 1.4, scale_emb 12, init_std 0.1 and learning rate 0.01 in about 400 trials of Bayesian search
 on its smallest model, 10 tokens a parameter each (2404.06395, appendix A.1). Here trial 0 is the experiment at its own
-values and the others come from a sampler (`cpmjax.tunnel.workers`). The best of many noisy trials looks better than it
-is: so the best few and the experiment's own values train again on seeds the search has not seen, paired by seed. A bowl
-(`cpmjax.tunnel.bowl`) says where the optimum lies and how flat it is.
+values and the others come from a sampler (`cpmjax.tunnel.search_workers`). The best of many noisy trials looks better
+than it is: so the best few and the experiment's own values train again on seeds the search has not seen, paired by
+seed. A bowl (`cpmjax.tunnel.search_bowl`) says where the optimum lies and how flat it is.
 
 D the searched parameters, T trials of the search, S fresh seeds. Losses are held-out nats per token.
 """
@@ -23,11 +23,11 @@ from scipy.special import stdtrit
 from cpmjax.run.config import Config
 from cpmjax.run.errors import UserError
 from cpmjax.run.table import Row, aligned
-from cpmjax.tunnel.bowl import Bowl, fit
 from cpmjax.tunnel.faults import table_of
+from cpmjax.tunnel.search_bowl import Bowl, fit
+from cpmjax.tunnel.search_workers import Ended, Taken
 from cpmjax.tunnel.trials import Trial
 from cpmjax.tunnel.verdicts import Verdict
-from cpmjax.tunnel.workers import Ended, Taken
 
 PARAMETERS = ("scale_depth", "scale_emb", "init_std", "learning_rate")
 COST_BAR = 0.05  # nats that the experiment's own values may be worse than the best

@@ -10,7 +10,8 @@ import jobs
 import numpy as np
 import pytest
 import tunnel_jobs
-from test_study import run, without_clock
+from tunnel_jobs import run_study as run
+from tunnel_jobs import without_clock
 
 from cpmjax import study
 from cpmjax.analysis.batch_law import BatchLaw

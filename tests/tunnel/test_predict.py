@@ -9,7 +9,7 @@ import jobs
 import numpy as np
 import pytest
 import tunnel_jobs
-from test_study import run
+from tunnel_jobs import run_study as run
 
 from cpmjax.analysis import public_curves
 from cpmjax.analysis.convex_bound import ConvexBound

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tunnel_jobs
 from matplotlib import image
-from test_study import run
+from tunnel_jobs import run_study as run
 
 from cpmjax.analysis.scaling_law import ScalingLaw
 from cpmjax.model.parameters import count

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import math
@@ -12,22 +11,20 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import jobs
 import numpy as np
 import pytest
 import tunnel_jobs
 
 from cpmjax import study
-from cpmjax.run import cli
 from cpmjax.run.directory import Lines
 from cpmjax.run.errors import UserError
 from cpmjax.run.table import read_csv
 from cpmjax.tunnel import search, search_figures
-from cpmjax.tunnel.bowl import fit
 from cpmjax.tunnel.search import PARAMETERS
+from cpmjax.tunnel.search_bowl import fit
+from cpmjax.tunnel.search_workers import Ended, Taken
 from cpmjax.tunnel.trials import Diverged
-from cpmjax.tunnel.workers import Ended, Taken
 
 ROOT = Path(__file__).parents[2]
 SPACE = {"scale_depth": (0.3, 6.0), "scale_emb": (1.0, 50.0), "init_std": (0.01, 1.0), "learning_rate": (0.001, 0.1)}
@@ -192,7 +189,7 @@ def test_a_best_trial_that_diverges_on_a_fresh_seed_fails():
 
 def test_importance_ranks_what_was_planted():
     pytest.importorskip("optuna", reason="needs Optuna, which searches")
-    from cpmjax.tunnel.importance import importances
+    from cpmjax.tunnel.search_importance import importances
 
     values = drawn(300)
     values_TD = np.array([[each[name] for name in PARAMETERS] for each in values])
@@ -262,22 +259,7 @@ def test_the_best_train_again_on_seeds_that_the_search_has_not_seen(folder):
 
 
 def run(*arguments: object) -> tuple[int, str]:
-    """Exit code and standard output of the command, in this process."""
-    cache = jax.config.values["jax_compilation_cache_dir"]
-    argv, stdout, stderr = sys.argv, io.StringIO(), io.StringIO()
-    sys.argv = ["study", "search", *map(str, arguments)]
-    try:
-        with (
-            contextlib.redirect_stdout(stdout),
-            contextlib.redirect_stderr(stderr),
-            pytest.raises(SystemExit) as caught,
-        ):
-            cli.main(study.main)
-    finally:
-        sys.argv = argv
-        jax.config.update("jax_compilation_cache_dir", cache)
-    code = int(caught.value.code or 0)
-    return code, jobs.error_line(code, stderr.getvalue()) if code == 2 else stdout.getvalue()
+    return tunnel_jobs.run_study("search", *arguments)
 
 
 def planted(monkeypatch, loss=bowl):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from cpmjax.tunnel.workers import optuna
+from cpmjax.tunnel.search_workers import optuna
 
 _BEST = 0.2  # of the trials
 

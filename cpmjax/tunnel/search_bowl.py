@@ -1,4 +1,4 @@
-"""A bowl through noisy losses: where the optimum of several parameters lies, and how flat it is there.
+"""A bowl through noisy losses, a quadratic response surface: where its optimum lies, and how flat it is there.
 
 loss(x) = c + g . x + x A x / 2, with x the octaves (log2) of the parameters from the best trial, by least squares over
 the trials that are not far worse than it: near enough for a quadratic, far enough to stand out of the noise. What noise

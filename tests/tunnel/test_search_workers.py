@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from cpmjax.run.errors import UserError
-from cpmjax.tunnel import workers
-from cpmjax.tunnel.workers import Workers
+from cpmjax.tunnel import search_workers
+from cpmjax.tunnel.search_workers import Workers
 
 ROOT = Path(__file__).parents[2]
 SPACE = {"scale_depth": (0.3, 6.0), "scale_emb": (1.0, 50.0), "init_std": (0.01, 1.0), "learning_rate": (0.001, 0.1)}
@@ -170,7 +170,7 @@ def test_a_worker_without_a_disk_in_common_is_believed_dead_after_a_while(tmp_pa
         assert here.take().number == 2
         here.give(2, 1.0, [{"status": "finished", "seconds": 1.0}])
         for seconds, taken in ((900.0, False), (1100.0, True)):  # 60 and 10 times the longest, 1060
-            monkeypatch.setattr(workers.time, "time", lambda now=time.time() + seconds: now)
+            monkeypatch.setattr(search_workers.time, "time", lambda now=time.time() + seconds: now)
             assert (here.take() is not None) is taken
 
 
@@ -214,7 +214,7 @@ WORKER = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[4])
-from test_workers import bowl, join
+from test_search_workers import bowl, join
 with join(Path(sys.argv[1]), int(sys.argv[2])) as worker:
     while not worker.over():
         taken = worker.take()
@@ -284,6 +284,9 @@ def test_a_log_of_something_else_is_one_line(tmp_path):
 
 
 def test_passwords_are_not_shown():
-    assert workers.without_password("postgresql://me:se:cr/et@host:5432/name") == "postgresql://me:***@host:5432/name"
-    assert workers.without_password("mysql+pymysql://me@host/name") == "mysql+pymysql://me@host/name"
-    assert workers.without_password("sqlite:////tmp/search.db") == "sqlite:////tmp/search.db"
+    assert (
+        search_workers.without_password("postgresql://me:se:cr/et@host:5432/name")
+        == "postgresql://me:***@host:5432/name"
+    )
+    assert search_workers.without_password("mysql+pymysql://me@host/name") == "mysql+pymysql://me@host/name"
+    assert search_workers.without_password("sqlite:////tmp/search.db") == "sqlite:////tmp/search.db"
